@@ -1,0 +1,5136 @@
+#!/usr/bin/env python3
+"""hibernate: an IMAP server whose idle sessions sleep. (map to be written)"""
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import bisect
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import datetime
+import email
+import email.utils
+import enum
+import errno
+import fcntl
+import functools
+import gc
+import getpass
+import grp
+import hashlib
+import heapq
+import hmac
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import mmap
+import multiprocessing
+import operator
+import os
+import pwd
+import re
+import resource
+import secrets
+import select
+import selectors
+import shutil
+import signal
+import socket
+import sqlite3
+import string
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from array import array
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from encodings.aliases import aliases
+from functools import cached_property, partial
+from logging.handlers import WatchedFileHandler
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+__version__ = "0.1"
+
+RECORD_VERSION = 1  # of what travels in a hand-over; what a process does not know it refuses
+RECORD_LIMIT = 128 * 1024  # bytes of one message; stays below the default SO_SNDBUF of 208 KB
+RESERVE = 64  # descriptors kept back for log, channels and index files: never for clients
+IN_FLIGHT = 64  # hand-overs under way at once in one process; more of them are slower
+ANSWER_TIME = 10.0  # seconds a sender waits for "+" before it goes on as the owner
+COMMIT_TIME = 30.0  # seconds a receiver waits for "!": longer, so that the sender gives up first
+SPEAK_TIME = 5.0  # seconds a new channel may stay silent
+RETRY_TIME = 0.1  # seconds; one timer for all that was refused (10 ms once flooded Dovecot's log)
+TICKET_TIME = 60  # seconds from a log-in to the worker
+MOVE_TIME = 30.0  # seconds a log-in, or a sleeper whose client waits, tries to get a worker
+MAIL_TIME = 300.0  # the same for a sleeper that has only news for its client
+SLEEP_TIME = 1.0  # seconds of one attempt to fall asleep …
+AWAKE_TIME = 5.0  # … and at least until the next: full keepers are not to be stormed
+YOUNG = 20_000_000  # ns: a directory changed this recently may change again within one tick
+OUTPUT_HIGH = 64 * 1024  # a reply pauses while this much waits for a slow client
+BURST = 32  # chunks of one session's replies before the others have a turn
+FULL_TIME = 10.0  # seconds that connections wait while all processes are full
+REST_TIME = 30 * 60.0  # seconds without a command until log-out (RFC 3501 5.4)
+
+log = logging.getLogger("hibernate")
+
+
+# ------------------------------------------------------------------------------------------------
+# 1  Configuration
+#
+# One row a setting: name, kind, default as one would write it, a sentence. Parser, `-n` and the
+# example file follow from the rows. A mistake is reported as FILE:LINE: reason before anything is
+# bound or forked; nothing here is ever guessed.
+# ------------------------------------------------------------------------------------------------
+
+
+class ConfigError(Exception):
+    """`FILE:LINE: reason`; the command line exits with 78 (EX_CONFIG of sysexits(3))."""
+
+
+class Setting(NamedTuple):
+    name: str  # one that begins with "@" is spelled with the program's prefix in the file
+    kind: str  # see read()
+    default: str
+    help: str
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a service is: the program's part of it, which no configuration can change."""
+
+    name: str
+    session: type[Session]
+    limits: tuple[str, str, str, str] = ("1000", "1", "1", "60 s")  # defaults of LIMITS
+    keeper: str = ""  # the service in which its sessions sleep; "" = they never do
+    wakes: str = ""  # makes it a keeper: the service in which its sleepers wake
+    requests: bool = False  # its inbox takes questions, not sessions
+    trusted: bool = False  # it has the sealing key
+    sheds: bool = False  # when all is full it drops its oldest session, not the newcomer
+    unit: str = "connections"  # for the title in ps; "" = no number
+    listener: str = ""  # its inet_listener when the file names none; "" = it can have none
+    port: int = 0  # the default port of its listeners
+
+
+@dataclass(frozen=True)
+class Program:
+    """A server: its services, and the settings that they have beyond the engine's."""
+
+    name: str
+    roles: tuple[Role, ...]
+    settings: tuple[Setting, ...] = ()
+    prefix: str = ""
+
+
+SETTINGS = (
+    Setting("base_dir", "path", "hibernate.run", "sockets, lock and sealing key"),
+    Setting("log_path", "path", "", "the log file; empty: standard error"),
+    Setting("@hibernate_timeout", "time", "30 s", "a session this long at rest sleeps; 0: never"),
+    Setting("@hibernate_twin", "bool", "yes", "a second process guards each keeper's sessions"),
+    Setting("@idle_notify_interval", "time", "2 mins", "keepalive of who listens; 0: none"),
+    Setting("login_timeout", "time", "3 mins", "from the connection to the log-in"),
+    Setting("orphan_timeout", "time", "60 s", "how long sessions wait for a new master"),
+    Setting("verbose_proctitle", "bool", "yes", "show the number of clients in ps"),
+)
+LIMITS = (
+    Setting("client_limit", "count", "", "clients in one process"),
+    Setting("process_limit", "count", "", "processes of this service"),
+    Setting("process_min_avail", "number", "", "processes with room, kept in reserve"),
+    Setting("idle_kill", "time", "", "idle processes above the reserve end after this"),
+    Setting("user", "user", "", "run as this user, if started by root"),
+    Setting("group", "group", "", "run with this group, if started by root"),
+)
+LISTENER = (
+    Setting("address", "address", "127.0.0.1", "IPv4 or IPv6 address"),
+    Setting("port", "port", "", "0: the kernel picks one"),
+    Setting("reuse_port", "bool", "no", "one SO_REUSEPORT socket for each process"),
+)
+TIME = r"(\d{1,9})\s*(ms(?:ecs?)?|s(?:ecs?|econds?)?|m(?:ins?|inutes?)?|h(?:ours?)?|d(?:ays?)?)"
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def read(kind: str, text: str) -> Any:
+    """The value that `text` means; ValueError says what is expected.
+
+    >>> read("time", "2 mins"), read("time", "200msecs"), read("size", "64 k"), read("bool", "No")
+    (120.0, 0.2, 65536, False)
+    """
+    if kind == "time" and (match := re.fullmatch(TIME, text.lower())):
+        factor = 0.001 if match[2].startswith("ms") else SECONDS[match[2][0]]
+        return float(int(match[1]) * factor)
+    if kind == "size" and (match := re.fullmatch(r"(\d{1,9})\s*([kmgt]?)i?b?", text.lower())):
+        return int(match[1]) * 1024 ** " kmgt".index(match[2] or " ")
+    if kind == "bool" and text.lower() in ("yes", "y", "no", "n"):
+        return text.lower() in ("yes", "y")
+    if kind in ("count", "number", "port") and re.fullmatch(r"\d{1,9}", text):
+        if (kind == "count") <= int(text) <= (65535 if kind == "port" else 10**9):
+            return int(text)
+    if kind == "address":
+        return str(ipaddress.ip_address(text))  # numeric: no resolver can hold up a start
+    if kind in ("user", "group") and text:
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(text).pw_name if kind == "user" else grp.getgrnam(text).gr_name
+    if kind in ("string", "path") or (kind in ("user", "group") and not text):
+        return text
+    if kind == "time" and re.fullmatch("0+", text):
+        return 0.0  # as in Dovecot, only zero may go without its unit
+    example = {"time": " such as '30 s'", "size": " such as '64 k'", "bool": ", yes or no"}
+    raise ValueError(f"{text!r} is not a {kind}{example.get(kind, '')}")
+
+
+class Section:
+    """The settings of one block, read as attributes: the file's value, else the default."""
+
+    def __init__(self, name: str, rows: Iterable[Setting], prefix: str = "") -> None:
+        self.name = name
+        self.rows = {row.name.replace("@", prefix): row for row in rows}
+        self.values = {r.name.strip("@"): read(r.kind, r.default) for r in self.rows.values()}
+        self.texts: dict[str, str] = {}  # as written in the file, for `-n`
+        self.lines: dict[str, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "values" or name not in self.values:
+            raise AttributeError(name)
+        return self.values[name]
+
+    def put(self, key: str, text: str, line: int) -> None:
+        """Read one `key = value`; ValueError says what is wrong with it."""
+        if key not in self.rows:
+            raise ValueError(f"unknown setting {key!r} in {self.name}")
+        try:
+            self.values[self.rows[key].name.strip("@")] = read(self.rows[key].kind, text)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        self.texts[key], self.lines[key] = text, line
+
+
+class Config(Section):
+    """All settings of a program; without a file, the defaults. ConfigError names a mistake."""
+
+    def __init__(self, program: Program, path: str = "") -> None:
+        super().__init__("the file", (*SETTINGS, *program.settings), program.prefix)
+        self.program = program
+        self.path = path
+        self.folder = os.path.dirname(os.path.abspath(path)) if path else os.getcwd()
+        self.services: dict[str, Section] = {}
+        self.listeners: dict[str, dict[str, Section]] = {}
+        for role in program.roles:
+            rows = [row._replace(default=text) for row, text in zip(LIMITS, role.limits)]
+            self.services[role.name] = Section(f"service {role.name}", (*rows, *LIMITS[4:]))
+            self.listeners[role.name] = {}
+        if path:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                self.parse(file.read().split("\n"))
+        self.finish()
+
+    def inbox(self, service: str) -> str:
+        return os.path.join(self.base_dir, service)
+
+    def fail(self, line: int, reason: str) -> NoReturn:
+        raise ConfigError(f"{self.path or 'defaults'}:{line}: {reason}")
+
+    def parse(self, lines: list[str]) -> None:
+        """Dovecot's syntax: `key = value`, `service NAME {`, `inet_listener NAME {`, `}`."""
+        stack: list[Section] = [self]
+        for number, line in enumerate(lines, 1):
+            try:
+                if re.fullmatch(r"\s*(#.*)?", line):
+                    continue
+                if match := re.fullmatch(r'\s*(\w+)\s+"?([\w.-]+)"?\s*\{\s*(#.*)?', line):
+                    stack.append(self.open_section(stack[-1], match[1], match[2]))
+                elif match := re.fullmatch(r"\s*([\w.]+)\s*=(.*)", line):
+                    stack[-1].put(match[1], read_value(match[2]), number)
+                elif not re.fullmatch(r"\s*\}\s*(#.*)?", line):
+                    raise ValueError("expected 'key = value', 'service NAME {', or '}'")
+                elif stack.pop() is self:
+                    raise ValueError("this '}' closes nothing")
+            except ValueError as error:
+                self.fail(number, str(error))
+        if len(stack) > 1:
+            self.fail(len(lines), f"'}}' is missing: {stack[-1].name} is still open")
+
+    def open_section(self, outer: Section, kind: str, name: str) -> Section:
+        if kind == "service" and outer is self:
+            if name not in self.services:
+                raise ValueError(f"unknown service {name!r}")
+            return self.services[name]
+        for role in self.program.roles:
+            if kind == "inet_listener" and outer is self.services[role.name] and role.listener:
+                return self.add_listener(role, name)
+        raise ValueError(f"section {kind!r} does not belong here")
+
+    def add_listener(self, role: Role, name: str) -> Section:
+        rows = [LISTENER[0], LISTENER[1]._replace(default=str(role.port)), LISTENER[2]]
+        return self.listeners[role.name].setdefault(name, Section(f"inet_listener {name}", rows))
+
+    def finish(self) -> None:
+        """Paths, which are relative to the file's own folder, and the checks of the whole."""
+        for row in self.rows.values():
+            if row.kind == "path" and self.values[row.name]:
+                path = os.path.join(self.folder, os.path.expanduser(self.values[row.name]))
+                self.values[row.name] = os.path.normpath(path)
+        if max(len(os.fsencode(self.inbox(name + ".new"))) for name in self.services) > 107:
+            # sockaddr_un.sun_path, unix(7)
+            self.fail(self.lines.get("base_dir", 0), "base_dir: too long for a socket's name")
+        for role in self.program.roles:
+            service, listeners = self.services[role.name], self.listeners[role.name]
+            if role.listener and not listeners:
+                self.add_listener(role, role.listener)
+            if service.process_min_avail > service.process_limit:
+                line = max(service.lines.get(key, 0) for key in service.rows)
+                self.fail(line, f"{service.name}: process_min_avail is above process_limit")
+            for listener in listeners.values():
+                if listener.reuse_port and service.process_min_avail != service.process_limit:
+                    reason = f"reuse_port: {service.name} needs process_min_avail = process_limit"
+                    self.fail(listener.lines["reuse_port"], reason)
+
+
+def read_value(text: str) -> str:
+    """What follows the "=": comment off, quotes off.
+
+    >>> read_value(' "a # b" # c'), read_value(" plain value  # c")
+    ('a # b', 'plain value')
+    """
+    text = text.strip()
+    if text[:1] not in ('"', "'"):
+        return re.sub(r"(^|\s+)#.*$", "", text)
+    match = re.fullmatch(rf"{text[0]}((?:[^{text[0]}\\]|\\[\\\"'])*){text[0]}\s*(#.*)?", text)
+    if not match:
+        raise ValueError("the quoted value does not end, or an escape is not \\\\ or \\\"")
+    return re.sub(r"\\(.)", r"\1", match[1])
+
+
+# ------------------------------------------------------------------------------------------------
+# 2  Event loop and timers
+#
+# One selector, one heap of timers, one thread. Signals arrive as bytes on a socket and so are
+# events like any other: without that, a handler runs while select() sleeps on. A callback never
+# blocks. One that raises is logged with its traceback and costs its own session, not the process.
+# ------------------------------------------------------------------------------------------------
+
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+@dataclass(slots=True)
+class Timer:
+    """A call that is due at `when` (monotonic seconds). cancel() may come late, and twice."""
+
+    when: float
+    call: Callable[[], None] | None
+    fd: int  # whose session a bug in it would cost; -1 nobody's
+
+    def cancel(self) -> None:
+        self.call = None
+
+    def __lt__(self, other: Timer) -> bool:
+        return self.when < other.when
+
+
+class Loop:
+    """Watches descriptors, as plain ints since a keeper has thousands, and calls what is due."""
+
+    def __init__(self) -> None:
+        self.selector = selectors.DefaultSelector()
+        self.keys = self.selector.get_map()
+        self.timers: list[Timer] = []
+        self.purge_at = 256  # so many timers are looked through for cancelled ones
+        self.running = True
+        self.failed: Callable[[int], None] = lambda fd: None
+        self.bell, self.bell_in = socket.socketpair()
+        self.bell.setblocking(False)
+        self.bell_in.setblocking(False)
+
+    def watch(self, fd: int, events: int, call: Callable[[int, int], None]) -> None:
+        """call(fd, ready) from now on, in place of what was watched before; no events: unwatch,
+        which must come before close(): epoll forgets a closed descriptor, selectors does not."""
+        known = self.keys.get(fd)
+        if known is None and events:
+            self.selector.register(fd, events, call)
+        elif known is not None and not events:
+            self.selector.unregister(fd)
+        elif known is not None and (known.events != events or known.data != call):
+            self.selector.modify(fd, events, call)
+
+    def unwatch(self, fd: int) -> None:
+        self.watch(fd, 0, lambda fd, mask: None)
+
+    def later(self, seconds: float, call: Callable[[], None], fd: int = -1) -> Timer:
+        if len(self.timers) >= self.purge_at:
+            self.timers = [timer for timer in self.timers if timer.call]
+            heapq.heapify(self.timers)
+            self.purge_at = 2 * len(self.timers) + 256
+        timer = Timer(time.monotonic() + seconds, call, fd)
+        heapq.heappush(self.timers, timer)
+        return timer
+
+    def on_signals(self, table: dict[int, Callable[[], None]]) -> None:
+        """From now on a signal of `table` is a call from this loop."""
+
+        def heard(fd: int, mask: int) -> None:
+            for number in self.bell.recv(4096):
+                table.get(number, lambda: None)()
+
+        for number in table:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self.bell_in.fileno(), warn_on_full_buffer=False)
+        self.watch(self.bell.fileno(), READ, heard)
+
+    def run(self) -> None:
+        while self.running:
+            wait = max(0.0, self.timers[0].when - time.monotonic()) if self.timers else None
+            for key, mask in self.selector.select(wait):
+                # An earlier event of this batch may have closed this descriptor, and its number
+                # may belong to another session by now: only the very key registered counts.
+                if self.keys.get(key.fd) is key:
+                    self.guarded(key.fd, key.data, key.fd, mask)
+            now = time.monotonic()
+            while self.timers and self.timers[0].when <= now:
+                timer = heapq.heappop(self.timers)
+                if timer.call:
+                    self.guarded(timer.fd, timer.call)
+
+    def guarded(self, fd: int, call: Callable[..., None], *args: int) -> None:
+        try:
+            call(*args)
+        except Exception:
+            log.exception("a callback failed; it costs one session")
+            self.unwatch(fd)  # or it would fail again at once, and for ever
+            self.failed(fd)
+
+    def close(self) -> None:
+        """For a forked child: what it has copied is still the parent's."""
+        for thing in (self.selector, self.bell, self.bell_in):
+            thing.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# 3  Connections
+#
+# A client's socket belongs to the Client of part 5 or, asleep, is a plain number. A Channel joins
+# two of our processes over SOCK_SEQPACKET: one send is one message, whole or not at all, and may
+# carry one descriptor. Who closes unwatches first.
+# ------------------------------------------------------------------------------------------------
+
+SO_COOKIE = 57  # Linux: a number that no other socket of this boot has, socket(7)
+Heard = Callable[[bytes, list[int]], None]
+
+
+def end_socket(sock: socket.socket) -> None:
+    """End the *session*: with a copy open in another process close() alone sends no FIN."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
+
+
+@contextlib.contextmanager
+def borrowed(fd: int, family: int = socket.AF_INET) -> Iterator[socket.socket]:
+    """Socket methods for a descriptor held as a plain int; it stays open. Where addresses
+    matter, `family` is -1: ask the kernel."""
+    kind, protocol = (-1, -1) if family < 0 else (socket.SOCK_STREAM, 0)
+    sock = socket.socket(family, kind, protocol, fileno=fd)
+    try:
+        yield sock
+    finally:
+        sock.detach()
+
+
+def identity(sock: socket.socket) -> str:
+    """Names this very connection; each receiver computes it anew. OSError: the client is gone.
+
+    The cookie alone is not enough: a hostile holder can connect() a TCP socket elsewhere.
+    """
+    try:
+        number = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), sys.byteorder)
+    except OSError:
+        number = os.fstat(sock.fileno()).st_ino
+    return f"{number}{sock.getpeername()}{sock.getsockname()}".replace(" ", "")
+
+
+def close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+class Channel:
+    """One SEQPACKET connection between two processes.
+
+    heard(message, fds) is called for each message and owns its descriptors; b"" is the end of the
+    channel, by the peer or after `timeout` seconds of silence, and comes once.
+    """
+
+    __slots__ = ("loop", "sock", "heard", "timer")
+
+    def __init__(self, loop: Loop, sock: socket.socket, heard: Heard, timeout: float = 0) -> None:
+        self.loop = loop
+        self.sock = sock
+        self.heard: Heard | None = heard
+        self.timer: Timer | None = None
+        sock.setblocking(False)
+        self.expire(timeout)
+        loop.watch(sock.fileno(), READ, self.readable)
+
+    @classmethod
+    def connect(cls, loop: Loop, path: str, heard: Heard) -> Channel:
+        """OSError says why not: EAGAIN (backlog full), ECONNREFUSED, ENOENT, EMFILE."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            sock.connect(path)
+        except OSError:
+            sock.close()
+            raise
+        return cls(loop, sock, heard, ANSWER_TIME)
+
+    def expire(self, seconds: float) -> None:
+        if self.timer:
+            self.timer.cancel()
+        self.timer = self.loop.later(seconds, self.finish) if seconds else None
+
+    def send(self, message: bytes, fd: int = -1) -> None:
+        """OSError if it can't be sent. Never empty: that reads like the end."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))]
+        self.sock.sendmsg([message], rights if fd >= 0 else [])
+
+    def readable(self, fd: int, mask: int) -> None:
+        # Not socket.recv_fds(): it ignores its flags. MSG_CMSG_CLOEXEC comes back in `flags`.
+        size, cloexec = socket.CMSG_SPACE(8 * 4), getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+        try:
+            message, ancillary, flags, _ = self.sock.recvmsg(RECORD_LIMIT, size, cloexec)
+        except BlockingIOError:
+            return
+        except OSError:
+            message, ancillary, flags = b"", [], 0
+        fds = array("i")
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+        if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or not message:
+            close_all(fds)  # near the descriptor limit a message arrives without its descriptor
+            fds = array("i")
+        if message and self.heard:
+            self.heard(message, list(fds))
+        else:
+            self.finish()
+
+    def finish(self) -> None:
+        """Close, and tell this side that the channel has ended."""
+        heard = self.heard
+        self.close()
+        if heard:
+            heard(b"", [])
+
+    def close(self) -> None:
+        """Close without a word; at any time, and twice."""
+        self.heard = None
+        self.expire(0)
+        if self.sock.fileno() >= 0:
+            self.loop.unwatch(self.sock.fileno())
+            self.sock.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# 4  Hand-over: one owner at every instant
+#
+#     sender (owner)                       receiver
+#       connect; record + descriptor  ─►   checks, prepares, touches nothing
+#                                     ◄─   "+" I hold it         (or "-reason": the sender goes on)
+#       takes it off its books; "!"   ─►   starts: it is the owner now
+#       closes its copy
+#
+# Only "!" makes the receiver start; end, reset or anything else before it means: close the copy,
+# touch nothing. A sender gives up by closing. Taking the channel's end for the commit would make
+# two owners: with an unread "+", Linux delivers ECONNRESET before what was sent earlier.
+# ------------------------------------------------------------------------------------------------
+
+RETRIED_ERRORS = "EAGAIN ECONNREFUSED ECONNRESET ENOENT ETOOMANYREFS EPIPE EMFILE ENFILE ENOBUFS"
+RETRIED = {"full", "busy", "lost", *RETRIED_ERRORS.split()}  # any other reason is final
+
+
+class State(NamedTuple):
+    """The sealed part of a record: who the session is, and its protocol's own state."""
+
+    expires: int  # unix time after which a log-in's ticket is refused; 0 for a session
+    sid: str
+    user: str
+    since: int  # unix time of the log-in
+    remote: str
+    home: str
+    watch: list[Any]  # [folder below home, st_mtime_ns of each watched directory]; [] none
+    own: list[Any]
+
+    @classmethod
+    def decode(cls, text: str) -> State:
+        """ValueError unless each field has its type: a keeper can't check the seal."""
+        state = cls(*checked(text, (int, str, str, int, str, str, list, list)))
+        folder, *times = state.watch or [""]
+        if [type(item) for item in (folder, *times)] != [str] + [int] * len(times):
+            raise ValueError("a watch that is none")
+        if re.search(r"[/\0]", folder) or folder == "..":
+            raise ValueError("a watch outside of home")
+        return state
+
+
+class Record(NamedTuple):
+    """What travels beside the descriptor: a JSON array, which no client's byte can break.
+
+    An added field goes at the end and has a default: the previous release's are understood.
+    """
+
+    tag: str  # a keeper may change it; its grammar is checked at every hop
+    received: int  # bytes so far, for the log-out line
+    sent: int
+    pending: str  # input already read from the client, one character a byte
+    answer: str  # the tag that the receiver still has to answer
+    state: str  # State; sealed are these exact bytes
+    seal: str
+
+    def encode(self) -> bytes:
+        return compact([RECORD_VERSION, *self]).encode()
+
+    @classmethod
+    def decode(cls, message: bytes) -> Record:
+        """ValueError says what is wrong."""
+        version, *row = checked(message.decode(), (int, str, int, int, str, str, str, str))
+        if version != RECORD_VERSION or len(message) >= RECORD_LIMIT:
+            raise ValueError(f"version {version}, {len(message)} bytes")
+        return cls(*row)
+
+
+def compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def checked(text: str, kinds: tuple[type, ...]) -> list[Any]:
+    """The JSON array `text`, as long as `kinds` and of these types; else ValueError."""
+    try:
+        row = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(row, list) or [type(item) for item in row[: len(kinds)]] != [*kinds]:
+        raise ValueError("not the fields that are expected")
+    return row[: len(kinds)]
+
+
+def seal(key: bytes, name: str, state: str) -> str:
+    """What a taken-over log-in process or keeper can't make: `state`'s bytes, bound to the very
+    connection that identity() calls `name`."""
+    text = f"{len(name)} {name}{state}".encode()
+    return base64.b64encode(hashlib.blake2s(text, key=key, digest_size=15).digest()).decode()
+
+
+def ticket(
+    key: bytes, name: str, sid: str, user: str, remote: str, home: str, own: list[Any]
+) -> tuple[str, str]:
+    """(state, seal) of a log-in, good for this connection and for TICKET_TIME seconds."""
+    now = int(time.time())
+    state = compact(State(now + TICKET_TIME, sid, user, now, remote, home, [], own))
+    return state, seal(key, name, state)
+
+
+class Mover:
+    """The sender's half, for all sessions of a process; also asks questions of other services.
+
+    At most IN_FLIGHT at once, the others wait in order of deadline; all that is refused is tried
+    again from one timer. It calls parcel(fd) for the record (None: the session is over), then
+    leaving(fd), "!" and given(fd); or else kept(fd, reason).
+    """
+
+    def __init__(self, loop: Loop, config: Config, owner: Service) -> None:
+        self.loop = loop
+        self.config = config
+        self.owner = owner
+        self.queue: list[tuple[float, int]] = []
+        self.target: dict[int, tuple[str, float, bytes]] = {}  # service, deadline, question
+        self.channels: dict[int, Channel] = {}
+        self.pause: Timer | None = None
+        self.refusals: collections.Counter[str] = collections.Counter()
+
+    def give(self, fd: int, service: str, patience: float, question: bytes = b"") -> None:
+        """Hand the session over to `service`: ends in given() or, after `patience`, in kept().
+        With a question nothing is handed over: kept() tells the answer, or ""."""
+        self.target[fd] = service, time.monotonic() + patience, question
+        heapq.heappush(self.queue, (self.target[fd][1], fd))
+        self.pump()
+
+    def keep(self, fd: int) -> None:
+        """Give up: the receiver sees the channel's end and touches nothing."""
+        self.target.pop(fd, None)
+        if channel := self.channels.pop(fd, None):
+            channel.close()
+
+    def pump(self) -> None:
+        while self.queue and len(self.channels) < IN_FLIGHT and not self.pause:
+            deadline, fd = heapq.heappop(self.queue)
+            service, known, question = self.target.get(fd, ("", 0.0, b""))
+            if known == deadline and fd not in self.channels:  # else an entry of the past
+                if message := question or self.owner.parcel(fd):
+                    self.send(fd, service, message, -1 if question else fd)
+                else:
+                    self.keep(fd)
+
+    def send(self, fd: int, service: str, message: bytes, descriptor: int) -> None:
+        def heard(reply: bytes, fds: list[int]) -> None:
+            close_all(fds)
+            self.answered(fd, reply)
+
+        try:
+            self.channels[fd] = Channel.connect(self.loop, self.config.inbox(service), heard)
+            self.channels[fd].send(message, descriptor)
+        except OSError as error:
+            self.refused(fd, errno.errorcode.get(error.errno or 0, "?"))
+
+    def answered(self, fd: int, reply: bytes) -> None:
+        if reply and self.target[fd][2]:
+            self.keep(fd)
+            self.owner.kept(fd, reply.decode())
+        elif reply == b"+":
+            self.owner.leaving(fd)
+            try:
+                self.channels[fd].send(b"!")
+            except OSError:
+                self.refused(fd, "lost")
+            else:
+                self.keep(fd)
+                self.owner.given(fd)
+        else:
+            self.refused(fd, reply[1:80].decode("ascii", "replace") or "lost")
+        self.pump()
+
+    def refused(self, fd: int, reason: str) -> None:
+        self.refusals[reason] += 1
+        target = self.target[fd]
+        self.keep(fd)
+        if reason in RETRIED and time.monotonic() < target[1]:
+            self.target[fd] = target
+            heapq.heappush(self.queue, (target[1], fd))
+            self.pause = self.pause or self.loop.later(RETRY_TIME, self.resume)
+        else:
+            self.owner.kept(fd, "" if target[2] else reason)
+
+    def resume(self) -> None:
+        self.pause = None
+        self.pump()
+
+
+# ------------------------------------------------------------------------------------------------
+# 5  Service process
+#
+# A service is a number of forked processes that run the same Session class. A session takes bytes
+# and yields bytes; the Client is its home here: socket, buffers, clock, watches. One function,
+# Service.update(), decides whether this process accepts. When the channel to the master ends, the
+# master is dead or has become the next generation; it makes no difference: every session goes to
+# the same service's inbox, by the one way there is.
+# ------------------------------------------------------------------------------------------------
+
+
+# What a session may yield besides bytes:
+Ask = NamedTuple("Ask", [("service", str), ("message", bytes)])  # a question; gives the answer
+Pause = NamedTuple("Pause", [("seconds", float)])  # go on later, execute nothing meanwhile
+Move = NamedTuple(  # go on in another service; comes back only with the reason why not
+    "Move", [("service", str), ("ticket", str), ("seal", str), ("answer", str)]
+)
+Reply = Generator["bytes | Ask | Pause | Move", Any, None]
+
+
+class Session:
+    """A protocol as the engine sees it: subclass it. It never meets a socket or a process.
+
+    The engine appends input to `buffer` and calls step() until that returns None. What the
+    session wants it yields: bytes, Ask, Pause, Move. `ended = reason` closes the connection when
+    all is sent; a non-empty `tag` says that it listens for changes below home/folder.
+    """
+
+    input_limit = 64 * 1024  # no more is read from the client while this much is in `buffer`
+    watch_dirs: tuple[str, ...] = ()  # at most two, below home/folder
+    tag_syntax = re.compile("")
+    still_here = b""  # keepalive for who listens
+
+    config: Config  # these are set by the engine, before any call
+    key = b""
+    sid = user = remote = home = identity = ""
+    since = 0  # unix time of the log-in
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+        self.tag = self.ended = ""
+
+    def opened(self) -> Reply:
+        """A new connection: the greeting."""
+        yield from ()
+
+    def arrived(self, answer: str) -> Reply:
+        """Handed over to this process; `answer` is the tag that still waits for a reply."""
+        yield from ()
+
+    def step(self) -> Reply | None:
+        """Take the next command off `buffer`, return its reply; None: more input is needed."""
+        return None
+
+    def stirred(self) -> Reply:
+        """A watched directory has changed, or may have."""
+        yield from ()
+
+    def movable(self) -> bool:
+        """Does freeze() say all, now? (`buffer` and `tag` travel along by themselves.)"""
+        return True
+
+    def freeze(self) -> list[Any]:
+        return []
+
+    def thaw(self, own: list[Any]) -> None:
+        """The reverse of freeze(): quick, touches nothing; ValueError if it makes no sense."""
+
+    def watch(self) -> tuple[str, tuple[int, ...]] | None:
+        """(folder, st_mtime_ns of each of watch_dirs as it was before the last look), or None."""
+        return None
+
+    @classmethod
+    def peeked(cls, tag: str, data: bytes) -> tuple[bytes, int, str] | None:
+        """What a sleeper answers by itself: (answer, bytes used up, new tag); None: wake it."""
+        return None
+
+    @classmethod
+    def farewell(cls, reason: str) -> bytes:
+        return b""
+
+    def closed(self) -> None:
+        """The session ends here, or has moved on."""
+
+    def log(self, text: str) -> None:
+        log.info("<%s> %s", self.sid, text)
+
+
+def seconds_to_beat(interval: float, remote: str, user: str) -> float:
+    """Until the next keepalive. Its phase hangs on the address if that is public, else on the
+    user: a phone's radio wakes once for all its sessions, and the others are spread."""
+    address = remote.rpartition(":")[0].strip("[]")
+    with contextlib.suppress(ValueError):
+        user = address if ipaddress.ip_address(address).is_global else user
+    return interval - (time.time() + zlib.crc32(user.encode())) % interval
+
+
+class Watcher:
+    """Tells whose directories have changed: one inotify(7) instance a process, one watch a
+    directory however many sessions share it. Without inotify, or with no watches left, the
+    directory's time is looked at every POLL seconds instead."""
+
+    MASK = 0x4 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800  # ATTRIB … MOVE_SELF, not MODIFY
+    OVERFLOW = 0x4000
+    POLL = 3.0
+
+    def __init__(self, loop: Loop, stirred: Callable[[int], None]) -> None:
+        self.loop = loop
+        self.stirred = stirred
+        self.sessions: dict[int, int | array[int]] = {}  # sets would take 216 or 728 bytes each
+        self.polled: dict[int, tuple[str, int]] = {}  # numbers below -1: (path, its time)
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.fd = -1
+        with contextlib.suppress(AttributeError):
+            self.fd = self.libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self.fd >= 0:
+            loop.watch(self.fd, READ, self.readable)
+
+    def add(self, path: str, fd: int) -> int:
+        """Watch `path` for the session `fd`; the number returned is never 0."""
+        number = -1
+        if self.fd >= 0:
+            number = self.libc.inotify_add_watch(self.fd, os.fsencode(path), self.MASK)
+        if number < 0:
+            number = self.poll_for(path)
+        known = self.sessions.setdefault(number, fd)
+        if isinstance(known, array) and fd not in known:
+            known.append(fd)
+        elif isinstance(known, int) and known != fd:
+            self.sessions[number] = array("i", (known, fd))
+        return number
+
+    def poll_for(self, path: str) -> int:
+        if not self.polled:
+            log.warning("inotify: %s; looking at times", os.strerror(ctypes.get_errno()))
+            self.loop.later(self.POLL, self.poll)
+        for number, (known, _) in self.polled.items():
+            if known == path:
+                return number
+        number = min(self.polled, default=-1) - 1
+        self.polled[number] = path, directory_time(path)
+        return number
+
+    def drop(self, number: int, fd: int) -> None:
+        known = self.sessions.get(number)
+        if isinstance(known, array) and len(known) > 1:
+            with contextlib.suppress(ValueError):
+                known.remove(fd)
+        elif known in (fd, array("i", [fd])):
+            del self.sessions[number]
+            if self.polled.pop(number, None) is None:
+                self.libc.inotify_rm_watch(self.fd, number)
+
+    def readable(self, fd: int, mask: int) -> None:
+        data = os.read(fd, 64 * 1024)
+        numbers = set()
+        at = 0
+        while at < len(data):
+            number, kind, _, length = struct.unpack_from("iIII", data, at)
+            at += 16 + length
+            numbers.add(number)
+            if kind & self.OVERFLOW:  # events were lost: look at all
+                numbers.update(self.sessions)
+        for number in numbers:
+            self.stir(number)
+
+    def stir(self, number: int) -> None:
+        known = self.sessions.get(number, array("i"))
+        for fd in [known] if isinstance(known, int) else list(known):
+            self.stirred(fd)
+
+    def poll(self) -> None:
+        for number, (path, before) in list(self.polled.items()):
+            self.polled[number] = path, directory_time(path)
+            if self.polled[number][1] != before:
+                self.stir(number)
+        if self.polled:
+            self.loop.later(self.POLL, self.poll)
+
+
+def directory_time(path: str) -> int:
+    """st_mtime_ns, 0 if it is not there."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def changed_since(paths: list[str], times: Sequence[int], young: int) -> bool:
+    """Has a directory another time than it had, or one less than `young` ns ago?"""
+    now = time.time_ns()
+    found = [directory_time(path) for path in paths]
+    return found != list(times) or any(abs(now - stamp) < young for stamp in found)
+
+
+class Phase(enum.Enum):
+    RUNNING = "executes commands, or is at rest"
+    WAITING = "its reply waits for another process, or for time"
+    MOVING = "a hand-over is under way: nothing is read or written"
+    CLOSED = "not ours any more"
+
+
+class Client:
+    """One session awake in this process, and its socket: its home between two hand-overs."""
+
+    __slots__ = (
+        "service", "loop", "sock", "fd", "session", "output", "reply", "phase", "eof", "received",
+        "sent", "rested", "timer", "turn", "move", "watches", "answer", "beat",
+    )  # fmt: skip
+
+    def __init__(self, service: Service, sock: socket.socket, session: Session) -> None:
+        self.service = service
+        self.loop = service.loop
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.session = session
+        self.output = bytearray()
+        self.reply: Reply | None = None
+        self.phase = Phase.RUNNING
+        self.eof = False
+        self.received = self.sent = 0
+        self.rested = time.monotonic()  # since when it is at rest; before log-in: connected
+        self.beat = 0.0  # when the next keepalive is due; 0: none
+        self.timer: Timer | None = None  # what comes next at rest: see clock()
+        self.turn: Timer | None = None  # the others first, or a Pause; then go on
+        self.move: Move | None = None
+        self.watches: list[int] = []
+        self.answer = ""
+        sock.setblocking(False)  # O_NONBLOCK travels with a descriptor, or does not
+
+    def start(self, reply: Reply) -> None:
+        self.reply = reply
+        self.pump()
+
+    def ready(self, fd: int, mask: int) -> None:
+        if mask & READ:
+            try:
+                data = self.sock.recv(64 * 1024)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self.close(f"connection lost: {error.strerror}")
+                return
+            self.eof = not data  # a half-close: the commands before it still run
+            self.received += len(data)
+            self.session.buffer += data
+        self.pump()
+
+    def pump(self, value: Any = None) -> None:
+        """Run the session until it waits: for its client, the network or another process."""
+        for _ in range(BURST):
+            if self.phase is not Phase.RUNNING or len(self.output) >= OUTPUT_HIGH:
+                break
+            if self.reply is None and not self.session.ended:
+                self.reply = self.session.step()
+            if self.reply is None:
+                break
+            try:
+                item = self.reply.send(value)
+            except StopIteration:
+                self.reply = None
+            else:
+                if isinstance(item, bytes):
+                    self.output += item
+                else:
+                    self.perform(item)
+            value = None
+        else:
+            self.turn = self.turn or self.loop.later(0, self.go_on, self.fd)
+        self.settle()
+
+    def perform(self, item: Ask | Pause | Move) -> None:
+        self.phase = Phase.WAITING
+        if isinstance(item, Ask):
+            self.service.mover.give(self.fd, item.service, MOVE_TIME, item.message)
+        elif isinstance(item, Pause):
+            self.turn = self.loop.later(item.seconds, self.go_on, self.fd)
+        else:
+            self.move = item  # begun by settle() when all is sent
+
+    def go_on(self, value: Any = None) -> None:
+        """What the reply waited for is here."""
+        self.turn = None
+        if self.phase is not Phase.CLOSED:
+            self.phase = Phase.RUNNING
+            self.pump(value)
+
+    def flush(self) -> bool:
+        """Send what the kernel takes; False if the client turns out to be gone."""
+        try:
+            while self.output:
+                count = self.sock.send(self.output)
+                self.sent += count
+                del self.output[:count]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.close(f"connection lost: {error.strerror}")
+        return self.phase is not Phase.CLOSED
+
+    def settle(self) -> None:
+        """After each run: send, decide what to watch for, and see whether this is rest."""
+        if self.phase in (Phase.CLOSED, Phase.MOVING):
+            return
+        if not self.flush():
+            return
+        if self.reply and self.phase is Phase.RUNNING and len(self.output) < OUTPUT_HIGH:
+            self.turn = self.turn or self.loop.later(0, self.go_on, self.fd)
+        busy = self.output or self.reply or self.turn
+        if self.session.ended and not busy:
+            self.close(self.session.ended)
+        elif self.move and not self.output:
+            self.depart(self.move.service, MOVE_TIME)
+        else:
+            reads = not self.eof and len(self.session.buffer) < self.session.input_limit
+            self.loop.watch(self.fd, READ * reads | WRITE * bool(self.output), self.ready)
+            if not busy:
+                self.rest()
+
+    def rest(self) -> None:
+        """Nothing to execute, nothing to send: listen, sleep later, or move on now."""
+        if self.session.user:
+            self.rested = time.monotonic()
+        if self.eof:
+            self.close("client closed the connection")
+        elif self.service.draining and self.session.movable():
+            self.depart(self.service.role.name, self.session.config.orphan_timeout)
+        elif self.listen():
+            self.start(self.session.stirred())
+        else:
+            self.clock()
+
+    def listen(self) -> bool:
+        """Watch while there is a tag. True: the session must look again, now that we watch."""
+        session = self.session
+        watch = session.watch() if session.tag else None
+        if not watch:
+            self.unlisten()
+            return False
+        paths = [os.path.join(session.home, watch[0], name) for name in session.watch_dirs]
+        known = bool(self.watches)
+        self.watches = self.watches or [self.service.watcher.add(at, self.fd) for at in paths]
+        return changed_since(paths, watch[1], 0 if known else YOUNG)
+
+    def unlisten(self) -> None:
+        for number in self.watches:
+            self.service.watcher.drop(number, self.fd)
+        self.watches = []
+
+    def stir(self) -> None:
+        self.stay()
+        if self.phase is Phase.RUNNING and not self.reply and not self.session.ended:
+            self.start(self.session.stirred())
+
+    def clock(self) -> None:
+        """At rest: do what is due, then set the timer for what is next. It may fire in vain:
+        commands are too many to set it anew after each."""
+        session, config, now = self.session, self.session.config, time.monotonic()
+        if self.phase is not Phase.RUNNING or self.reply or self.output:
+            due = now + 1.0
+        elif not session.user:
+            due = self.rested + config.login_timeout
+            if due <= now:
+                return self.close("log-in took too long", farewell=True)
+        elif self.service.role.keeper and config.hibernate_timeout and session.movable():
+            due = self.rested + config.hibernate_timeout
+            if due <= now:
+                return self.depart(self.service.role.keeper, SLEEP_TIME)
+        else:
+            due = self.rested + REST_TIME
+            if due <= now and not session.tag:
+                return self.close("Autologout; idle for too long", farewell=True)
+        if session.tag and config.idle_notify_interval and session.still_here:
+            if 0 < self.beat <= now and not self.output:
+                self.output += session.still_here
+                if not self.flush():
+                    return None
+            if self.beat <= now:
+                wait = seconds_to_beat(config.idle_notify_interval, session.remote, session.user)
+                self.beat = now + wait
+            due = min(due, self.beat)
+        if self.timer and (self.timer.when <= now or self.timer.when > due):
+            self.timer.cancel()
+            self.timer = None
+        self.timer = self.timer or self.loop.later(max(due - now, 0.01), self.clock, self.fd)
+        return None
+
+    def depart(self, service: str, patience: float) -> None:
+        """Begin to hand over. Should its client stir meanwhile, a sleeper-to-be stays."""
+        self.phase = Phase.MOVING
+        self.loop.watch(self.fd, 0 if self.move else READ, self.called_back)
+        self.service.mover.give(self.fd, service, patience)
+
+    def called_back(self, fd: int, mask: int) -> None:
+        self.stay()
+        self.ready(fd, mask)
+
+    def stay(self) -> None:
+        if self.phase is Phase.MOVING and not self.move:
+            self.service.mover.keep(self.fd)
+            self.phase = Phase.RUNNING
+
+    def record(self) -> bytes:
+        """Freeze the session. Its state is sealed here, but for a log-in: that auth has sealed."""
+        session, answer = self.session, ""
+        pending = session.buffer.decode("latin-1")
+        if self.move:
+            _, state, sealed, answer = self.move
+        else:
+            watch = session.watch()
+            times = [watch[0], *watch[1]] if watch else []
+            state = compact(State(
+                0, session.sid, session.user, session.since, session.remote, session.home, times,
+                session.freeze(),
+            ))  # fmt: skip
+            sealed = seal(session.key, identity(self.sock), state) if session.key else ""
+        return Record(
+            session.tag, self.received, self.sent, pending, answer, state, sealed
+        ).encode()
+
+    def kept(self, reason: str) -> None:
+        """The hand-over did not come about, or a question is answered: go on as before."""
+        if self.phase is Phase.WAITING or self.move:
+            self.move = None
+            self.go_on(reason)
+            return
+        self.stay()
+        if self.service.draining:
+            self.close("server was shut down", farewell=True)
+            return
+        if reason not in RETRIED | {"changed"}:
+            log.warning("<%s> stays awake: %s", self.session.sid, reason)
+        self.pump()
+        self.rested += max(0.0, AWAKE_TIME - self.session.config.hibernate_timeout)
+
+    def close(self, reason: str, farewell: bool = False) -> None:
+        """End the session, whatever it was doing; at any time, and twice."""
+        if self.phase is Phase.CLOSED:
+            return
+        if farewell:
+            self.output += self.session.farewell(reason)
+            with contextlib.suppress(OSError):
+                self.sock.send(self.output)
+        self.release()
+        if isinstance(self.session, Report):
+            self.sock.close()  # the others still write to it
+        else:
+            end_socket(self.sock)
+            self.service.ended(self.session, reason, self.received, self.sent)
+
+    def release(self) -> None:
+        """Free what the session holds in this process, the open socket apart."""
+        self.phase = Phase.CLOSED
+        self.loop.unwatch(self.fd)
+        self.service.mover.keep(self.fd)
+        self.unlisten()
+        for timer in filter(None, (self.timer, self.turn)):
+            timer.cancel()
+        if self.reply and not self.reply.gi_running:
+            self.reply.close()
+        self.session.closed()
+        self.service.clients.pop(self.fd, None)
+
+
+class Service:
+    """A process of a service: accepts, adopts, reports, and moves its sessions on.
+
+    `Any` in prepare(), begin() and abandon() is what this kind of process holds of a session
+    between "+" and "!": here a Client, in a keeper less.
+    """
+
+    def __init__(self, master: Master, pool: Pool, slot: int, generation: int) -> None:
+        self.config = master.config
+        self.role = pool.role
+        self.peers = master.peers
+        self.slot = slot
+        self.generation = generation
+        self.inbox = pool.inbox
+        self.groups = pool.listeners  # one a listener: one socket, or one for each slot
+        self.limit = min(pool.settings.client_limit, file_limit() - RESERVE)
+        self.loop = Loop()
+        self.loop.failed = self.failed
+        self.mover = Mover(self.loop, self.config, self)
+        self.watcher = Watcher(self.loop, self.stirred)
+        self.clients: dict[int, Client] = {}
+        self.arrivals: dict[Channel, Any] = {}
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.draining = False
+        self.stretched = False  # all are full: take a few more from the inbox, or refuse them
+        self.covered = {slot}  # the SO_REUSEPORT sockets that this process reads
+        self.paused = False  # no descriptors left
+        self.told: tuple[int, int] | None = None  # (room, sessions) as last reported
+        self.report_timer: Timer | None = None
+        self.title = Title(f"{self.config.program.name}/{self.role.name}")
+        self.key = sealing_key(self.config.base_dir) if self.role.trusted else b""
+        drop_privileges(pool.settings)
+        self.loop.on_signals({signal.SIGTERM: self.stop})
+
+    def run(self, channel: socket.socket) -> None:
+        """Serve until told to stop, or until the last session has left after a drain."""
+        self.master: Channel | None = Channel(self.loop, channel, self.word)
+        self.update()
+        self.loop.run()
+
+    # Who accepts
+
+    def count(self) -> int:
+        return len(self.clients)
+
+    def room(self) -> int:
+        return self.limit - self.count() - len(self.arrivals)
+
+    def update(self) -> None:
+        """The one place that decides whether this process accepts, and what the master hears."""
+        room = self.room()
+        self.stretched = self.stretched and room <= 0
+        accepts = not self.draining and not self.paused
+        spare = self.limit // 4 if self.stretched else 0
+        shed = spare > 0 and self.role.sheds
+        for slot, sock in self.sockets():
+            wanted = accepts and (room > 0 or shed) and (slot < 0 or slot in self.covered)
+            self.loop.watch(sock.fileno(), READ * wanted, self.accept_client)
+        if self.inbox.fileno() >= 0:
+            self.loop.watch(self.inbox.fileno(), READ * (accepts and room + spare > 0), self.invite)
+        told = (max(0, room), self.count())
+        if self.told is None or (self.told[0] == 0) != (told[0] == 0):
+            self.report()
+        elif told != self.told and not self.report_timer:
+            self.report_timer = self.loop.later(1.0, self.report)
+        if self.draining and not self.count() and not self.arrivals:
+            self.loop.running = False
+
+    def sockets(self) -> list[tuple[int, socket.socket]]:
+        """(slot, socket) of each open inet listener; slot -1 where all share one."""
+        return [
+            (slot if len(group) > 1 else -1, sock)
+            for group in self.groups for slot, sock in enumerate(group) if sock.fileno() >= 0
+        ]  # fmt: skip
+
+    def report(self) -> None:
+        """Room 0 ↔ non-0 at once, the rest once a second; the generation shows a stale one."""
+        if self.report_timer:
+            self.report_timer.cancel()
+            self.report_timer = None
+        self.told = max(0, self.room()), self.count()
+        with contextlib.suppress(OSError):  # the channel's end will say so
+            if self.master:
+                self.master.send(compact([self.generation, *self.told]).encode())
+        if self.config.verbose_proctitle:
+            unit = self.role.unit and f" [{self.count()} {self.role.unit}]"
+            self.title.set(f"{self.config.program.name}/{self.role.name}{unit}")
+
+    def accept(self, listener: int) -> socket.socket | None:
+        """One connection; None if another process was faster, or no descriptor is left."""
+        with borrowed(listener) as sock:
+            try:
+                return socket.socket(fileno=sock.accept()[0].detach())  # with its true family
+            except (BlockingIOError, ConnectionError):
+                return None
+            except OSError as error:
+                # EMFILE and its kin: a level-triggered listener would spin.
+                log.error("accept: %s; pausing for a second", error.strerror)
+                self.paused = True
+                self.loop.later(1.0, self.unpause)
+                return None
+
+    def unpause(self) -> None:
+        self.paused = False
+        self.update()
+
+    def accept_client(self, listener: int, mask: int) -> None:
+        """In small bites, so that siblings get their share of a burst."""
+        for _ in range(4):
+            if (self.room() <= 0 and not self.shed()) or not (sock := self.accept(listener)):
+                break
+            self.welcome(sock)
+        self.update()
+
+    def shed(self) -> bool:
+        """Make room: the oldest session that has not tried to log in gives way."""
+        idle = [client for client in self.clients.values() if client.phase is Phase.RUNNING]
+        if self.role.sheds and self.stretched and idle:
+            min(idle, key=lambda client: client.rested).close("Too many connections", True)
+        return self.room() > 0
+
+    def welcome(self, sock: socket.socket) -> None:
+        """A client from outside, or, without an address, one of our processes with a question."""
+        try:
+            session = self.new_session(sock.fileno())
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                host, port = sock.getpeername()[:2]
+                session.remote = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        except OSError:
+            sock.close()
+            return
+        session.sid, session.since = secrets.token_urlsafe(9), int(time.time())
+        client = Client(self, sock, session)
+        self.clients[client.fd] = client
+        client.start(session.opened())
+
+    # Hand-over, the receiver's half
+
+    def invite(self, listener: int, mask: int) -> None:
+        """A channel to the inbox: it counts as a client from now on."""
+        sock = self.accept(listener)
+        if sock and not self.trusts(sock):
+            sock.close()
+        elif sock and self.role.requests:
+            self.welcome(sock)
+        elif sock:
+            def heard(message: bytes, fds: list[int]) -> None:
+                self.arriving(channel, message, fds)
+
+            channel = Channel(self.loop, sock, heard, SPEAK_TIME)
+            self.arrivals[channel] = None
+        self.update()
+
+    def trusts(self, sock: socket.socket) -> bool:
+        """Is the peer one of our processes? The kernel knows its user: SO_PEERCRED, unix(7)."""
+        if not hasattr(socket, "SO_PEERCRED"):
+            return True  # elsewhere the mode of base_dir is the only guard
+        uid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+        if uid not in self.peers:
+            log.warning("a process of user %d was turned away", uid)
+        return uid in self.peers
+
+    def arriving(self, channel: Channel, message: bytes, fds: list[int]) -> None:
+        held = self.arrivals[channel]
+        if message and held is None:
+            try:
+                if len(fds) != 1:
+                    raise ValueError("descriptor" if fds else "busy")
+                self.arrivals[channel] = self.hold(*self.read_record(message), fds[0])
+                word = "+"
+                channel.expire(0)
+                channel.timer = self.loop.later(COMMIT_TIME, lambda: self.silent(channel))
+            except (ValueError, OSError) as error:
+                close_all(fds)
+                self.counts[f"refused {error}"[:60]] += 1
+                if str(error) not in RETRIED | {"changed"}:
+                    log.warning("a session was refused: %.70s", error)
+                word = f"-{error}"[:80]
+            with contextlib.suppress(OSError):  # a sender that has left: its end comes next
+                channel.send(word.encode())
+            return
+        del self.arrivals[channel]
+        channel.close()
+        close_all(fds)
+        if message == b"!":
+            self.begin(held)
+        elif held is not None:  # the sender has given up, or is gone: touch nothing
+            self.abandon(held)
+        self.update()
+
+    def silent(self, channel: Channel) -> None:
+        """The sender was told "+" and is stopped: end the session, so that no client hangs."""
+        log.warning("a hand-over was not committed within %d s", COMMIT_TIME)
+        self.abandon(self.arrivals.pop(channel), shutdown=True)
+        channel.close()
+        self.update()
+
+    def read_record(self, message: bytes) -> tuple[Record, State]:
+        record = Record.decode(message)
+        if record.tag and not self.role.session.tag_syntax.fullmatch(record.tag):
+            raise ValueError("tag")
+        return record, State.decode(record.state)
+
+    def hold(self, record: Record, state: State, fd: int) -> Any:
+        """Check, and hold session and descriptor, ready to begin(). ValueError and OSError say
+        why not, and leave `fd` to the caller."""
+        if state.expires and self.room() < 0:
+            raise ValueError("full")  # only who sleeps may exceed the limit, so that it can wake
+        session = self.new_session(fd)
+        fits = seal(self.key, session.identity, record.state) if self.role.trusted else record.seal
+        if not hmac.compare_digest(fits.encode(), record.seal.encode()):
+            raise ValueError("seal")
+        if state.expires and not 0 <= state.expires - time.time() <= TICKET_TIME:
+            raise ValueError("ticket too late")
+        _, session.sid, session.user, session.since, session.remote, session.home, _, own = state
+        session.tag = record.tag
+        session.buffer += record.pending.encode("latin-1")
+        session.thaw(own)
+        client = Client(self, socket.socket(fileno=fd), session)
+        client.received, client.sent, client.answer = record.received, record.sent, record.answer
+        return client
+
+    def new_session(self, fd: int) -> Session:
+        session = self.role.session()
+        session.config, session.key = self.config, self.key
+        with borrowed(fd, -1) as sock:
+            session.identity = identity(sock)
+        return session
+
+    def begin(self, client: Any) -> None:
+        """The "!" has come: this process is the owner."""
+        self.clients[client.fd] = client
+        self.counts["adopted"] += 1
+        client.start(client.session.arrived(client.answer))
+
+    def abandon(self, client: Any, shutdown: bool = False) -> None:
+        """Not ours: close the copy and touch nothing; `shutdown` ends it for every holder."""
+        client.session.closed()
+        if shutdown:
+            end_socket(client.sock)
+        client.sock.close()
+
+    # Hand-over, the sender's half: see Owner
+
+    def parcel(self, fd: int) -> bytes | None:
+        try:
+            return self.clients[fd].record()
+        except OSError as error:
+            self.clients[fd].close(f"connection lost: {error.strerror}")
+            return None
+
+    def leaving(self, fd: int) -> None:
+        """Nothing to mark: until "!" is sent this process can go on with it."""
+
+    def given(self, fd: int) -> None:
+        client = self.clients[fd]
+        client.release()
+        client.sock.close()
+        self.counts["moved on"] += 1
+        self.update()
+
+    def kept(self, fd: int, reason: str) -> None:
+        self.clients[fd].kept(reason)
+
+    # All sessions, and one of them; a keeper has its own of these
+
+    def states(self) -> Iterator[tuple[int, State]]:
+        for fd, client in list(self.clients.items()):
+            s = client.session
+            yield fd, State(0, s.sid, s.user, s.since, s.remote, s.home, [], [])
+
+    def stirred(self, fd: int) -> None:
+        self.clients[fd].stir()
+
+    def failed(self, fd: int) -> None:
+        if fd in self.clients:
+            self.end(fd, "Internal error")
+
+    def end(self, fd: int, reason: str) -> None:
+        self.clients[fd].close(reason, farewell=True)
+
+    def move_on(self, fd: int) -> None:
+        """Draining: to the next generation, at the next boundary."""
+        if self.clients[fd].phase is Phase.RUNNING:
+            self.clients[fd].pump()
+
+    def ended(self, session: Session | State, reason: str, received: int, sent: int) -> None:
+        if not self.role.requests:
+            who = f"<{session.sid}> {session.user or session.remote}"
+            log.info("%s ended: %s, in=%d out=%d", who, reason, received, sent)
+        self.update()
+
+    # Words of the master, and its end
+
+    def word(self, message: bytes, fds: list[int]) -> None:
+        name, _, rest = message.decode().partition(" ")
+        if not message:
+            self.master = None
+            self.drain()
+        elif name in ("who", "status", "kick"):
+            report = Report(self, name, rest)
+            Client(self, socket.socket(fileno=fds.pop()), report).start(report.opened())
+        elif name == "stop":
+            self.stop()
+        elif name == "close":
+            self.close_listeners()
+        elif name == "end-if-idle" and not self.count() and not self.arrivals:
+            self.loop.running = False
+        elif name == "cover":
+            self.covered = {self.slot, *map(int, rest.split())}
+        elif name == "full":
+            self.stretched = True
+            if float(rest) > FULL_TIME and not self.role.sheds:
+                self.relieve()
+        close_all(fds)
+        self.update()
+
+    def relieve(self) -> None:
+        """All have been full for long: a clear good-bye to those who wait."""
+        for _, sock in self.sockets():
+            while self.room() <= 0 and (newcomer := self.accept(sock.fileno())):
+                newcomer.send(self.role.session.farewell("Too many connections"))
+                end_socket(newcomer)
+
+    def close_listeners(self) -> None:
+        """Serve what waits in the queues first: closing them would reset it."""
+        for _, sock in self.sockets():
+            while newcomer := self.accept(sock.fileno()):
+                self.welcome(newcomer)
+            self.loop.unwatch(sock.fileno())
+            sock.close()
+
+    def drain(self) -> None:
+        """The master is gone. What comes next has the same inboxes: hand everything over."""
+        self.draining = True
+        self.close_listeners()
+        self.invite(self.inbox.fileno(), READ)
+        self.loop.unwatch(self.inbox.fileno())
+        self.inbox.close()
+        self.loop.later(self.config.orphan_timeout, self.stop)
+        for fd, _ in self.states():
+            self.move_on(fd)
+        self.update()
+
+    def stop(self) -> None:
+        """End all sessions with a farewell, then the process."""
+        for fd, _ in self.states():
+            self.end(fd, "Server shutting down.")
+        self.loop.running = False
+
+
+class Report(Session):
+    """Lines for the command line, in JSON: a session only so that a slow reader is no matter."""
+
+    def __init__(self, service: Service, what: str, user: str) -> None:
+        super().__init__()
+        self.service, self.what, self.only = service, what, user
+
+    def opened(self) -> Reply:
+        service = self.service
+        row: dict[str, Any] = {"service": service.role.name, "pid": os.getpid()}
+        count = 0
+        for fd, state in service.states() if self.what != "status" else ():
+            if self.what == "kick" and state.user == self.only:
+                service.end(fd, "Disconnected by the administrator")
+                count += 1
+            elif self.what == "who" and not service.role.requests:
+                rest = dict(zip(("session", "user", "since", "remote"), state[1:5]))
+                yield compact(row | rest).encode() + b"\n"
+        if self.what == "kick":
+            yield compact(row | {"kicked": count}).encode() + b"\n"
+        elif self.what == "status":
+            row |= {"slot": service.slot, "clients": service.count(), "room": service.room()}
+            row |= {"counts": service.counts, "refusals": service.mover.refusals}
+            yield compact(row).encode() + b"\n"
+        self.ended = "done"
+
+
+def file_limit() -> int:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def sealing_key(base_dir: str) -> bytes:
+    with open(os.path.join(base_dir, "key"), "rb") as file:
+        return file.read(32)
+
+
+def drop_privileges(settings: Section) -> None:
+    """Become the service's user for good, if root; gain no rights by an exec. prctl(2)"""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    if os.getuid() == 0 and (settings.user or settings.group):
+        account = pwd.getpwnam(settings.user or "root")
+        group = grp.getgrnam(settings.group).gr_gid if settings.group else account.pw_gid
+        os.setgroups([group])
+        os.setgid(group)
+        os.setuid(account.pw_uid)
+
+
+class Title:
+    """What ps shows: the argument area, whose bounds are in /proc/self/stat, proc(5)."""
+
+    def __init__(self, text: str) -> None:
+        self.start = self.size = 0
+        with contextlib.suppress(OSError):
+            with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+                fields = file.read().rpartition(")")[2].split()
+            self.start, self.size = int(fields[45]), int(fields[46]) - int(fields[45])
+        self.set(text)
+
+    def set(self, text: str) -> None:
+        if self.size > 1:
+            # Without a NUL at its end the kernel would read on into the environment.
+            data = text.encode()[: self.size - 1].ljust(self.size, b"\0")
+            ctypes.memmove(self.start, data, self.size)
+
+
+# ------------------------------------------------------------------------------------------------
+# 6  Keeper
+#
+# A sleeper is a descriptor in the selector and one slot of an anonymous mmap, found by the
+# descriptor's number: no object, no timer. The keeper peeks and never reads, so what a client
+# sends is still in the socket for the worker: nothing lost, nothing doubled. While a sleeper waits
+# to wake, its descriptor is not watched: left armed it costs a whole core.
+# ------------------------------------------------------------------------------------------------
+
+SLOT_SIZE = 384
+SLOT = struct.Struct("<BBHHiiIQQ")
+FREE, HELD, GONE = 0, 1, 2  # the first byte of a slot; GONE: "!" is about to be sent
+
+
+class Sleeper(NamedTuple):
+    """A slot, unpacked."""
+
+    state: int = FREE
+    tag: str = ""
+    tail: str = ""  # JSON of [state, seal], as they came
+    beat: int = 0  # the second of the keepalive interval at which it has its turn
+    watches: tuple[int, int] = (0, 0)
+    rest: int = 0  # unix time: since when it has sent nothing
+    received: int = 0
+    sent: int = 0
+
+
+class Keeper(Service):
+    """Thousands of sleepers: keepalive, watch, wake."""
+
+    def __init__(self, master: Master, pool: Pool, slot: int, generation: int) -> None:
+        super().__init__(master, pool, slot, generation)
+        self.slots = min(file_limit(), self.limit + 4 * RESERVE)
+        self.memory = mmap.mmap(-1, self.slots * SLOT_SIZE)
+        self.held = 0
+        self.waking: dict[int, str] = {}  # and why
+        self.period = max(1, math.ceil(self.config.idle_notify_interval or 60))
+        self.turns = [array("i") for _ in range(self.period)]
+        self.turned = int(time.time())
+        self.peeker = self.peek  # one bound method for all, not 64 bytes for each
+        self.loop.later(1.0, self.take_turns)
+
+    def count(self) -> int:
+        return self.held
+
+    def load(self, fd: int) -> Sleeper:
+        at = fd * SLOT_SIZE
+        state, tag, tail, beat, one, two, *rest = SLOT.unpack_from(self.memory, at)
+        text = self.memory[at + SLOT.size : at + SLOT.size + tag + tail].decode()
+        return Sleeper(state, text[:tag], text[tag:], beat, (one, two), *rest)
+
+    def store(self, fd: int, sleeper: Sleeper) -> None:
+        state, tag, tail, beat, watches, *rest = sleeper
+        at, text = fd * SLOT_SIZE, (tag + tail).encode()
+        self.memory[at + SLOT.size : at + SLOT.size + len(text)] = text
+        SLOT.pack_into(self.memory, at, state, len(tag), len(tail), beat, *watches, *rest)
+
+    def fits(self, tag: str, tail: str) -> bool:
+        return SLOT.size + len(tag) + len(tail) <= SLOT_SIZE and (tag + tail).isascii()
+
+    # Arriving
+
+    def hold(self, record: Record, state: State, fd: int) -> Any:
+        tail = compact([record.state, record.seal])
+        if self.room() < 0 or fd >= self.slots:
+            raise ValueError("full")
+        if record.pending or record.answer or not self.fits(record.tag, tail):
+            raise ValueError("more than a sleeper can have")
+        wait = seconds_to_beat(self.period, state.remote, state.user)
+        beat = int(time.time() + wait) % self.period
+        os.set_blocking(fd, False)
+        sleeper = Sleeper(
+            HELD, record.tag, tail, beat, (0, 0), int(time.time()), record.received, record.sent
+        )
+        if changed := self.listen(fd, sleeper):
+            return fd, changed
+        raise ValueError("changed")
+
+    def listen(self, fd: int, sleeper: Sleeper) -> Sleeper | None:
+        """The sleeper with watches, if it has a tag. Arm first, then compare: None if its
+        directories changed, or may have, before the watch was there."""
+        if not sleeper.tag:
+            return sleeper
+        state = State.decode(json.loads(sleeper.tail)[0])
+        if not state.watch:
+            return None
+        folder = os.path.join(state.home, state.watch[0])
+        paths = [os.path.join(folder, name) for name in self.role.session.watch_dirs]
+        one, two = [*(self.watcher.add(path, fd) for path in paths), 0, 0][:2]
+        sleeper = sleeper._replace(watches=(one, two))
+        if not changed_since(paths, state.watch[1:], YOUNG):
+            return sleeper
+        self.unlisten(fd, sleeper)
+        return None
+
+    def unlisten(self, fd: int, sleeper: Sleeper) -> Sleeper:
+        for number in filter(None, sleeper.watches):
+            self.watcher.drop(number, fd)
+        return sleeper._replace(watches=(0, 0))
+
+    def begin(self, held: Any) -> None:
+        fd, sleeper = held
+        self.held += 1
+        self.counts["adopted"] += 1
+        self.store(fd, sleeper)
+        self.turns[sleeper.beat].append(fd)
+        if self.draining:
+            self.move_on(fd)
+        elif not self.listen(fd, sleeper):
+            self.wake(fd, "mail")  # it stirred while nobody would have noticed
+        else:
+            self.loop.watch(fd, READ, self.peeker)
+
+    def abandon(self, held: Any, shutdown: bool = False) -> None:
+        self.unlisten(*held)
+        with borrowed(held[0]) as sock:
+            if shutdown:
+                sock.shutdown(socket.SHUT_RDWR)
+        os.close(held[0])
+
+    # Asleep
+
+    def peek(self, fd: int, mask: int) -> None:
+        """The client has sent something, or has left. Answer first, then consume."""
+        with borrowed(fd) as sock:
+            try:
+                data = sock.recv(512, socket.MSG_PEEK)
+                sleeper = self.load(fd)
+                answer = self.role.session.peeked(sleeper.tag, data) if data else None
+                changed = self.adopt_tag(fd, sleeper, answer[2]) if answer else None
+                if answer and changed and self.say(fd, changed, answer[0]):
+                    os.read(fd, answer[1])
+                    sleeper = self.load(fd)
+                    self.store(fd, sleeper._replace(received=sleeper.received + answer[1]))
+                    self.counts["answered asleep"] += 1
+                elif not data:
+                    self.over(fd, "client closed the connection")
+                elif not changed:
+                    self.wake(fd, "input")
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                self.over(fd, f"connection lost: {error.strerror}")
+
+    def adopt_tag(self, fd: int, sleeper: Sleeper, tag: str) -> Sleeper | None:
+        """The client ends listening, begins it, or both. None: only a worker can say."""
+        changed = sleeper._replace(tag=tag, rest=int(time.time()))
+        if not self.fits(tag, sleeper.tail):
+            return None
+        if tag and sleeper.tag:
+            return changed
+        return self.listen(fd, changed) if tag else self.unlisten(fd, changed)
+
+    def say(self, fd: int, sleeper: Sleeper, data: bytes) -> bool:
+        """Whole, or it ends the session: a sleeper has no output buffer."""
+        with contextlib.suppress(OSError):
+            if os.write(fd, data) == len(data):
+                self.store(fd, sleeper._replace(sent=sleeper.sent + len(data)))
+                return True
+        self.over(fd, "client does not read")
+        return False
+
+    def stirred(self, fd: int) -> None:
+        if self.memory[fd * SLOT_SIZE] == HELD and fd not in self.waking:
+            self.wake(fd, "mail")
+
+    def take_turns(self) -> None:
+        """Once a second, for those whose second it is. Each sleeper is in one list; one that has
+        left stays there until then, and its slot shows it."""
+        self.loop.later(1.0, self.take_turns)
+        now = int(time.time())
+        for second in range(max(self.turned, now - self.period) + 1, now + 1):
+            at = second % self.period
+            here = {fd: self.load(fd) for fd in set(self.turns[at])}
+            here = {fd: one for fd, one in here.items() if (one.state, one.beat) == (HELD, at)}
+            self.turns[at] = array("i", here)
+            for fd in here.keys() - self.waking.keys():
+                self.take_turn(fd, here[fd])
+        self.turned = now
+
+    def take_turn(self, fd: int, sleeper: Sleeper) -> None:
+        if sleeper.tag and self.config.idle_notify_interval:
+            self.say(fd, sleeper, self.role.session.still_here)
+        elif not sleeper.tag and time.time() - sleeper.rest > REST_TIME:
+            self.end(fd, "Autologout; idle for too long")
+
+    # Leaving
+
+    def wake(self, fd: int, cause: str) -> None:
+        self.loop.unwatch(fd)
+        self.waking[fd] = cause
+        self.counts[f"woken by {cause}"] += 1
+        self.mover.give(fd, self.role.wakes, MOVE_TIME if cause == "input" else MAIL_TIME)
+
+    def move_on(self, fd: int) -> None:
+        if fd not in self.waking:
+            self.loop.unwatch(fd)
+            self.waking[fd] = "drain"
+            self.mover.give(fd, self.role.name, self.config.orphan_timeout)
+
+    def parcel(self, fd: int) -> bytes | None:
+        """Look whether the client is still there: nobody watches the descriptor meanwhile."""
+        poll = select.poll()
+        poll.register(fd, select.POLLIN | getattr(select, "POLLRDHUP", 0))
+        events = dict(poll.poll(0)).get(fd, 0)
+        unread = False
+        if events:
+            with borrowed(fd) as sock, contextlib.suppress(OSError):
+                unread = bool(sock.recv(1, socket.MSG_PEEK))
+        if events and not unread:  # a half-close behind input is not the end yet
+            self.over(fd, "client closed the connection")
+            return None
+        if unread and self.waking[fd] == "mail":
+            self.waking[fd] = "input"  # now somebody waits: should this try fail, sooner
+            self.mover.target[fd] = self.role.wakes, time.monotonic() + MOVE_TIME, b""
+        sleeper = self.load(fd)
+        self.mark(fd, HELD)
+        return Record(
+            sleeper.tag, sleeper.received, sleeper.sent, "", "", *json.loads(sleeper.tail)
+        ).encode()
+
+    def mark(self, fd: int, state: int) -> None:
+        self.memory[fd * SLOT_SIZE] = state
+
+    def leaving(self, fd: int) -> None:
+        self.mark(fd, GONE)
+
+    def given(self, fd: int) -> None:
+        self.forget(fd)
+        os.close(fd)
+        self.update()
+
+    def forget(self, fd: int) -> None:
+        self.unlisten(fd, self.load(fd))
+        self.loop.unwatch(fd)
+        self.mover.keep(fd)
+        self.mark(fd, FREE)
+        self.waking.pop(fd, None)
+        self.held -= 1
+
+    def kept(self, fd: int, reason: str) -> None:
+        """No worker took it in time, or one refused it for good: it can't go on."""
+        self.mark(fd, HELD)
+        log.error("a sleeper could not be moved: %s", reason)
+        self.end(fd, "Server is too busy, please log in again")
+
+    def end(self, fd: int, reason: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(fd, self.role.session.farewell(reason))
+        self.over(fd, reason)
+
+    def over(self, fd: int, reason: str) -> None:
+        sleeper = self.load(fd)
+        self.forget(fd)
+        end_socket(socket.socket(fileno=fd))
+        state = State.decode(json.loads(sleeper.tail)[0])
+        self.ended(state, reason, sleeper.received, sleeper.sent)
+
+    def failed(self, fd: int) -> None:
+        if 0 <= fd < self.slots and self.memory[fd * SLOT_SIZE] == HELD:
+            self.end(fd, "Internal error")
+
+    def states(self) -> Iterator[tuple[int, State]]:
+        for fd in range(self.slots):
+            if self.memory[fd * SLOT_SIZE] == HELD:
+                yield fd, State.decode(json.loads(self.load(fd).tail)[0])
+
+
+# ------------------------------------------------------------------------------------------------
+# 7  Master
+#
+# Opens the listeners, forks, reaps, throttles. It never reads a client's bytes and never holds a
+# client's descriptor. While a service has a process with room it does not listen for it; when none
+# has, it does, and forks upon a connection: balance() alone decides that. A reload is an exec: the
+# children see their channel end, as if the master had been killed, and hand over to what comes.
+# Here the engine ends.
+# ------------------------------------------------------------------------------------------------
+
+BIND_TIME = 5.0  # seconds in which a predecessor may give up its port or its lock
+START_TIME = 30.0  # seconds until the first report of a new process
+STOP_TIME = 5.0  # seconds for the farewells of a stop
+THROTTLE = 2.0, 60.0  # seconds: the first delay and the longest
+INHERIT = "HIBERNATE_INHERIT"  # environment: what one generation leaves to the next
+
+
+class Unavailable(Exception):
+    """A port or the directory is in use: exit 69 (EX_UNAVAILABLE)."""
+
+
+@dataclass(eq=False)
+class Child:
+    """A process as the master knows it."""
+
+    process: Any
+    generation: int
+    slot: int
+    room: int  # until its first report: what it will have
+    channel: Channel | None = None
+    clients: int = 0
+    reported: bool = False
+    covers: str = ""  # what it was told last, see Master.cover()
+
+    def tell(self, word: str, fd: int = -1) -> None:
+        with contextlib.suppress(OSError):  # a dead or stopped one
+            if self.channel:
+                self.channel.send(word.encode(), fd)
+
+
+@dataclass(eq=False)
+class Pool:
+    """The processes of one service, and what they listen on."""
+
+    role: Role
+    settings: Section
+    inbox: socket.socket
+    children: list[Child] = field(default_factory=list)
+    listeners: list[list[socket.socket]] = field(default_factory=list)
+    delay: float = 0.0  # seconds, of the last throttle
+    throttled: Timer | None = None
+    full_since: float = 0.0  # 0: not all are full
+    patience: Timer | None = None  # all are full: until the master looks again
+    idle_low: int = 0  # fewest idle processes seen in this idle_kill interval
+
+    def idle(self) -> list[Child]:
+        return [child for child in self.children if child.reported and not child.clients]
+
+    def tell(self, word: str, fd: int = -1) -> None:
+        for child in self.children:
+            child.tell(word, fd)
+
+
+class Master:
+    """Runs a program's services until it is told to stop."""
+
+    def __init__(self, config: Config, ready: Callable[[Master], None] | None) -> None:
+        """`ready` is called once, when all listen and every reserve has reported."""
+        self.config = config
+        self.ready = ready
+        inherited = json.loads(os.environ.pop(INHERIT, "{}"))
+        self.lock: int = inherited.get("lock", -1)
+        self.generation: int = inherited.get("generation", 0)
+        self.old_pids: set[int] = set(inherited.get("pids", []))
+        self.inherited: dict[str, list[int]] = inherited.get("listeners", {})
+        self.loop = Loop()
+        self.pools: list[Pool] = []
+        users = {service.user for service in config.services.values()} - {""}
+        self.peers = {os.getuid(), *(pwd.getpwnam(user).pw_uid for user in users)}
+        self.stopping = False
+        self.check: tuple[subprocess.Popen[bytes], Any, Channel | None] | None = None
+        self.context = multiprocessing.get_context("fork")
+
+    # From start to ready
+
+    def run(self) -> None:
+        self.prepare_directory()
+        names = self.config.listeners
+        groups = {name: self.open_listeners(name) for name in names}  # all of them before a fork
+        close_all(itertools.chain(*self.inherited.values()))  # gone from the configuration
+        for role in self.config.program.roles:
+            pool = Pool(role, self.config.services[role.name], self.open_inbox(role.name))
+            pool.listeners = groups[role.name]
+            self.pools.append(pool)
+        self.control = self.open_inbox("master")
+        self.loop.watch(self.control.fileno(), READ, self.accept_control)
+        gc.collect()
+        gc.freeze()  # a collection in a child would unshare every page that it counts on
+        self.loop.on_signals({
+            signal.SIGHUP: self.reload, signal.SIGTERM: self.stop, signal.SIGINT: self.stop,
+            signal.SIGQUIT: self.quit, signal.SIGCHLD: self.reap,
+        })  # fmt: skip
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
+        Title(f"{self.config.program.name}/master")
+        for pool in self.pools:
+            self.balance(pool)
+            self.end_idle(pool)
+        self.reap()
+        self.loop.run()
+
+    def prepare_directory(self) -> None:
+        """base_dir, its lock (lockf: a fork does not inherit it, an exec keeps it), the key."""
+        base = self.config.base_dir
+        os.makedirs(base, exist_ok=True)
+        os.chmod(base, 0o711 if len(self.peers) > 1 else 0o700)
+        if self.lock < 0:
+            self.lock = os.open(os.path.join(base, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
+            persist(lambda: fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB), base)
+        path = os.path.join(base, "key")
+        if not os.path.exists(path):
+            with open(os.open(path + ".new", os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+                file.write(secrets.token_bytes(32))
+            os.rename(path + ".new", path)
+
+    def open_listeners(self, service: str) -> list[list[socket.socket]]:
+        """A group of SO_REUSEPORT sockets, one a slot, never shrinks while the master lives:
+        closing one resets what waits in it."""
+        groups = []
+        for name, listener in self.config.listeners[service].items():
+            count = self.config.services[service].process_limit if listener.reuse_port else 1
+            key = f"{service}/{name} {listener.address} {listener.port} {count}"
+            group = [socket.socket(fileno=fd) for fd in self.inherited.pop(key, [])]
+            while len(group) < count:
+                port = group[0].getsockname()[1] if group else listener.port
+                group.append(bind(listener.address, port, listener.reuse_port))
+            groups.append(group)
+        return groups
+
+    def open_inbox(self, service: str) -> socket.socket:
+        """Bound aside and renamed into place: the name never lacks a listener."""
+        path = self.config.inbox(service)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + ".new")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.setblocking(False)
+        sock.bind(path + ".new")
+        sock.listen(1024)
+        os.chmod(path + ".new", 0o666 if len(self.peers) > 1 and service != "master" else 0o600)
+        os.rename(path + ".new", path)
+        return sock
+
+    # Processes
+
+    def balance(self, pool: Pool) -> None:
+        """Fork what the reserve asks for; listen exactly while no process has room."""
+        able = not self.stopping and not pool.throttled
+        missing = pool.settings.process_min_avail - sum(c.room > 0 for c in pool.children)
+        free = pool.settings.process_limit - len(pool.children)
+        for _ in range(min(missing, free) if able else 0):
+            self.spawn(pool)
+        full = not any(child.room > 0 for child in pool.children)
+        listens = full and not self.stopping and not pool.throttled and not pool.patience
+        pool.full_since = pool.full_since if full else 0.0
+        shared = [group[0] for group in pool.listeners if len(group) == 1]
+        for sock in (pool.inbox, *shared):
+            if sock.fileno() >= 0:
+                self.loop.watch(sock.fileno(), READ * listens, lambda *_: self.called(pool))
+        pool.idle_low = min(pool.idle_low, len(pool.idle()))
+        self.cover(pool)
+
+    def called(self, pool: Pool) -> None:
+        """A connection waits, and no process has room."""
+        if len(pool.children) < pool.settings.process_limit:
+            self.spawn(pool)
+        else:
+            if not pool.full_since:
+                pool.full_since = time.monotonic()
+                log.warning(
+                    "service %s: process_limit (%d) and client_limit (%d) are reached, "
+                    "connections wait", pool.role.name, pool.settings.process_limit,
+                    pool.settings.client_limit,
+                )  # fmt: skip
+            pool.tell(f"full {time.monotonic() - pool.full_since:.0f}")
+            pool.patience = self.loop.later(1.0, lambda: self.look_again(pool))
+        self.balance(pool)
+
+    def look_again(self, pool: Pool) -> None:
+        pool.patience = None
+        self.balance(pool)
+
+    def cover(self, pool: Pool) -> None:
+        """A SO_REUSEPORT socket whose process is full or missing would keep its share of new
+        connections waiting: siblings read it, too."""
+        served = {child.slot for child in pool.children if child.room > 0}
+        alone = sorted({*range(pool.settings.process_limit)} - served)
+        words = "cover " + " ".join(map(str, alone))
+        for child in pool.children:
+            if child.covers != words and any(len(group) > 1 for group in pool.listeners):
+                child.covers = words
+                child.tell(words)
+
+    def spawn(self, pool: Pool) -> None:
+        used = {child.slot for child in pool.children}
+        slot = next(n for n in itertools.count() if n not in used)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.generation += 1
+        process = self.context.Process(
+            target=self.child_main, args=(pool, slot, ours, theirs), name=pool.role.name
+        )
+        try:
+            process.start()
+        except OSError as error:
+            log.error("service %s: fork: %s", pool.role.name, error.strerror)
+            ours.close()
+            self.throttle(pool)
+            return
+        finally:
+            theirs.close()
+        child = Child(process, self.generation, slot, pool.settings.client_limit)
+        pool.children.append(child)
+
+        def heard(message: bytes, fds: list[int]) -> None:
+            close_all(fds)
+            if message:
+                self.reported(pool, child, message)
+
+        child.channel = Channel(self.loop, ours, heard)
+        self.loop.later(START_TIME, lambda: self.see_started(pool, child))
+
+    def child_main(self, pool: Pool, slot: int, ours: socket.socket, theirs: socket.socket) -> None:
+        """The new process: put in order what the fork has copied, then be a service."""
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_IGN)  # a Ctrl-C reaches the whole process group
+        signal.set_wakeup_fd(-1)
+        self.loop.close()  # an epoll object is shared over fork: not even unregister in it
+        ours.close()
+        self.control.close()
+        os.close(self.lock)
+        for other in self.pools:
+            for child in other.children:
+                if child.channel:
+                    child.channel.sock.close()
+            if other is not pool:
+                for sock in (other.inbox, *itertools.chain(*other.listeners)):
+                    sock.close()
+        kind = Keeper if pool.role.wakes else Service
+        kind(self, pool, slot, self.generation).run(theirs)
+
+    def see_started(self, pool: Pool, child: Child) -> None:
+        if child in pool.children and not child.reported:
+            log.error("service %s: process %d does not report", pool.role.name, child.process.pid)
+            os.kill(child.process.pid, signal.SIGKILL)
+
+    def reported(self, pool: Pool, child: Child, message: bytes) -> None:
+        generation, room, clients = checked(message.decode(), (int, int, int))
+        if generation == child.generation:
+            child.reported, child.room, child.clients = True, room, clients
+            self.balance(pool)
+            counts = [sum(child.reported for child in pool.children) for pool in self.pools]
+            wanted = [pool.settings.process_min_avail for pool in self.pools]
+            if self.ready and all(map(operator.ge, counts, wanted)):
+                self.ready(self)
+                self.ready = None
+
+    def reap(self) -> None:
+        for pool in self.pools:
+            for child in list(pool.children):
+                if child.process.exitcode is not None:
+                    self.bury(pool, child, child.process.exitcode)
+        for pid in list(self.old_pids):
+            with contextlib.suppress(ChildProcessError):
+                if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                    continue
+            self.old_pids.discard(pid)
+        if self.check and self.check[0].poll() is not None:
+            self.checked()
+        if self.stopping and not self.old_pids and not any(pool.children for pool in self.pools):
+            for name in (*(pool.role.name for pool in self.pools), "master"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.config.inbox(name))
+            self.loop.running = False
+
+    def bury(self, pool: Pool, child: Child, status: int) -> None:
+        pool.children.remove(child)
+        if child.channel:
+            child.channel.close()
+        if status:
+            how = signal.Signals(-status).name if status < 0 else f"status {status}"
+            log.error("service %s: process %d ended: %s", pool.role.name, child.process.pid, how)
+        else:
+            pool.delay = 0.0
+        if not child.reported and not self.stopping:
+            self.throttle(pool)
+        self.balance(pool)
+
+    def throttle(self, pool: Pool) -> None:
+        """A process has died before it reported: no new one for a while."""
+        pool.delay = min(max(pool.delay * 2, THROTTLE[0]), THROTTLE[1])
+        log.error("service %s: no new process for %d s", pool.role.name, pool.delay)
+        if pool.throttled:
+            pool.throttled.cancel()
+
+        def over() -> None:
+            pool.throttled = None
+            self.balance(pool)
+
+        pool.throttled = self.loop.later(pool.delay, over)
+
+    def end_idle(self, pool: Pool) -> None:
+        """Every idle_kill seconds: as many as were idle all the time, above the reserve, end."""
+        surplus = max(0, pool.idle_low - pool.settings.process_min_avail)
+        for child in pool.idle()[:surplus]:
+            child.tell("end-if-idle")
+        pool.idle_low = len(pool.idle())
+        self.loop.later(pool.settings.idle_kill or 60.0, lambda: self.end_idle(pool))
+
+    # What it is told
+
+    def accept_control(self, fd: int, mask: int) -> None:
+        def heard(message: bytes, fds: list[int]) -> None:
+            close_all(fds)
+            if message:
+                self.command(channel, message.decode("utf-8", "replace"))
+
+        channel = Channel(self.loop, self.control.accept()[0], heard, SPEAK_TIME)
+
+    def command(self, channel: Channel, line: str) -> None:
+        name = line.partition(" ")[0]
+        channel.expire(0)
+        if name == "stop":
+            self.stop()  # the channel's end will tell that it is done
+        elif name == "reload":
+            self.reload(channel)
+        elif name in ("who", "status", "kick"):
+            for pool in self.pools:
+                if name == "status":
+                    channel.send(compact(self.row(pool)).encode() + b"\n")
+                pool.tell(line, channel.sock.fileno())
+            channel.close()
+        else:
+            channel.close()
+
+    def row(self, pool: Pool) -> dict[str, Any]:
+        return {
+            "service": pool.role.name, "processes": len(pool.children), "delay": pool.delay,
+            "process_limit": pool.settings.process_limit, "throttled": bool(pool.throttled),
+            "client_limit": pool.settings.client_limit,
+        }  # fmt: skip
+
+    def stop(self) -> None:
+        """Now, with a farewell to every client."""
+        if self.stopping:
+            return
+        self.stopping = True
+        log.info("stopping")
+        for pool in self.pools:
+            self.balance(pool)
+            pool.tell("stop")
+        self.kill(self.old_pids, signal.SIGTERM)
+        self.loop.later(STOP_TIME, self.kill_all)
+        self.reap()
+
+    def kill_all(self) -> None:
+        for pool in self.pools:
+            self.kill({child.process.pid for child in pool.children}, signal.SIGKILL)
+        self.kill(self.old_pids, signal.SIGKILL)
+
+    def kill(self, pids: set[int], number: int) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def quit(self) -> None:
+        """Release the ports now; serve who is connected until they have left."""
+        log.info("the ports are released; sessions go on")
+        for pool in self.pools:
+            pool.tell("close")
+            for sock in itertools.chain(*pool.listeners):
+                self.loop.unwatch(sock.fileno())
+                sock.close()
+            pool.listeners = []
+        self.see_empty()
+
+    def see_empty(self) -> None:
+        if any(child.clients for pool in self.pools for child in pool.children):
+            self.loop.later(1.0, self.see_empty)
+        else:
+            self.stop()
+
+    def reload(self, channel: Channel | None = None) -> None:
+        """A new process checks file and code first; checked() goes on."""
+        if not self.check and not self.stopping:
+            output = tempfile.TemporaryFile()
+            command = [sys.executable, *sys.orig_argv[1:], "--check"]
+            process = subprocess.Popen(command, stdout=output, stderr=output)
+            self.check = process, output, channel
+        elif channel:
+            channel.close()
+
+    def checked(self) -> None:
+        assert self.check
+        process, output, channel = self.check
+        self.check = None
+        output.seek(0)
+        text = output.read(4000).decode("utf-8", "replace").strip()
+        word = f"refused: {text}" if process.returncode else "reloading"
+        if channel:
+            with contextlib.suppress(OSError):
+                channel.send(word.encode())
+            channel.close()
+        log.log(logging.ERROR if process.returncode else logging.INFO, word)
+        if not process.returncode:
+            self.exec()
+
+    def exec(self) -> NoReturn:
+        """Become the new code and the new settings: same pid, same ports, same children."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        listeners = {}
+        for pool in self.pools:
+            names = self.config.listeners[pool.role.name].items()
+            for (name, section), group in zip(names, pool.listeners):
+                key = f"{pool.role.name}/{name} {section.address} {section.port} {len(group)}"
+                listeners[key] = [sock.fileno() for sock in group]
+        for fd in (self.lock, *itertools.chain(*listeners.values())):
+            os.set_inheritable(fd, True)
+        pids = [child.process.pid for pool in self.pools for child in pool.children]
+        inherited = {"lock": self.lock, "generation": self.generation, "listeners": listeners}
+        inherited["pids"] = [*self.old_pids, *pids]
+        sys.stdout.flush()
+        environment = os.environ | {INHERIT: json.dumps(inherited)}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def persist(attempt: Callable[[], Any], what: str) -> Any:
+    """Try for BIND_TIME seconds; then Unavailable. Only for a master that serves nobody yet."""
+    end = time.monotonic() + BIND_TIME
+    while True:
+        try:
+            return attempt()
+        except PermissionError as error:
+            raise PermissionError(error.errno, error.strerror, what) from None
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EAGAIN):
+                raise Unavailable(f"{what}: {error.strerror}") from None
+        if time.monotonic() > end:
+            raise Unavailable(f"{what} is in use")
+        time.sleep(0.05)
+
+
+def bind(address: str, port: int, reuse_port: bool) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    if reuse_port:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    persist(lambda: sock.bind((address, port)), f"{address}:{port}")
+    sock.listen(4096)
+    return sock
+
+
+# ------------------------------------------------------------------------------------------------
+# 8  Maildir and index
+#
+# Messages and their flags are the files of a Maildir, so that any delivery agent fills it and any
+# other reader shares it. What files can't say (UIDs, keywords, MODSEQs, what was expunged) is in
+# one SQLite file per user, which may be deleted at any time: it costs new UIDVALIDITYs, no mail.
+#
+# The directories' times are the change notice: whoever commits what others must hear of changes
+# new/ or cur/ in the same transaction, so a session that finds the times it knows has missed
+# nothing and opens no database. Folders are listed and files renamed only while the index is
+# locked; nothing in here may yield to the engine with that lock held.
+#
+# Delivered files stay in new/ until a flag is set. Moving them to cur/ at SELECT, as others do,
+# would stir all sleepers of the mailbox a second time for each delivery, to tell them nothing;
+# \Recent goes by UID. Symbolic links are followed: nobody can make one by IMAP.
+# ------------------------------------------------------------------------------------------------
+
+INDEX_VERSION = 0x48420001  # as user_version; any other file in its place is put aside
+INDEXES_OPEN = 8  # connections a worker keeps, at about 160 KB and three descriptors each
+INDEX_PATIENCE = 0.2  # seconds to wait for another process's transaction, then NO [INUSE]
+EXPUNGED_KEPT = 7 * 86400  # seconds; no session is that far behind
+NAME_LIMIT = 240  # bytes of a mailbox name, as NAME_MAX is 255
+KEYWORD_LIMIT = 500  # keywords of one mailbox
+LETTERS = {"\\Answered": "R", "\\Flagged": "F", "\\Deleted": "T", "\\Seen": "S", "\\Draft": "D"}
+UNSETTLED = (0, 0)  # in place of times: look again, the folder is changing right now
+
+SCHEMA = f"""
+BEGIN;
+CREATE TABLE mailbox (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
+    uidvalidity INTEGER NOT NULL, uidnext INTEGER DEFAULT 1, modseq INTEGER DEFAULT 1,
+    recent INTEGER DEFAULT 1, keywords TEXT DEFAULT '', new INTEGER DEFAULT 0,
+    cur INTEGER DEFAULT 0);
+CREATE TABLE message (box INTEGER, uid INTEGER, file BLOB, flags TEXT, keywords TEXT,
+    modseq INTEGER, size INTEGER, PRIMARY KEY (box, uid)) WITHOUT ROWID;
+CREATE INDEX changed ON message (box, modseq);
+CREATE TABLE expunged (box INTEGER, modseq INTEGER, uid INTEGER, time INTEGER,
+    PRIMARY KEY (box, modseq, uid)) WITHOUT ROWID;
+CREATE TRIGGER erased AFTER DELETE ON mailbox BEGIN
+    DELETE FROM message WHERE box = old.id; DELETE FROM expunged WHERE box = old.id; END;
+PRAGMA user_version = {INDEX_VERSION};
+COMMIT;
+"""
+
+Times = tuple[int, int]  # st_mtime_ns of new/ and cur/
+
+
+class MailError(Exception):
+    """What was asked for can't be done: response code and text of the NO."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Vanished(MailError):
+    """A message that the session still knows is no longer in the Maildir."""
+
+    def __init__(self) -> None:
+        super().__init__("EXPUNGEISSUED", "Some of the messages no longer exist")
+
+
+class Mailbox(NamedTuple):
+    """A row of the index. `new` and `cur` are the times of the folder it agrees with: negative
+    if we changed the folder ourselves since it was listed, and nobody else seems to have."""
+
+    id: int
+    name: str
+    uidvalidity: int
+    uidnext: int
+    modseq: int
+    recent: int  # nobody has been told of this UID and those above
+    keywords: str
+    new: int
+    cur: int
+
+
+class MessageRow(NamedTuple):
+    uid: int
+    file: bytes  # below the folder: b"new/…" or b"cur/…:2,FS"
+    flags: str  # the letters of the file's name that IMAP knows
+    keywords: str
+    modseq: int
+    size: int | None  # with CRLF line ends; None until somebody asks
+
+
+def unique_name() -> bytes:
+    seconds, micros = divmod(time.time_ns() // 1000, 10**6)
+    host = socket.gethostname().replace("/", "\\057").replace(":", "\\072")
+    return f"{seconds}.M{micros:06}P{os.getpid()}R{secrets.token_hex(4)}.{host}".encode()
+
+
+def base_of(file: bytes) -> bytes:
+    """What stays the same when flags change: the name without folder and flags."""
+    return file[4:].partition(b":")[0]
+
+
+def flags_of(file: bytes) -> str:
+    info = file.partition(b":2,")[2]
+    return "".join(letter for letter in "DFRST" if letter.encode() in info)
+
+
+def folder_times(folder: bytes) -> Times:
+    return os.stat(folder + b"/new").st_mtime_ns, os.stat(folder + b"/cur").st_mtime_ns
+
+
+def settled(times: Times) -> bool:
+    """Would a change from now on show in the times? The kernel's clock for files ticks every few
+    milliseconds, that of some file systems every second or two."""
+    now = time.time_ns()
+    return all(abs(now - t) > (20_000_000 if t % 10**9 else 2 * 10**9) for t in times)
+
+
+def listing(folder: bytes) -> dict[bytes, bytes]:
+    """All messages: base name to file. new/ comes first: what moves to cur/ in between is seen."""
+    names = [b"new/" + name for name in os.listdir(folder + b"/new")]
+    names += [b"cur/" + name for name in os.listdir(folder + b"/cur")]
+    return {base_of(name): name for name in names if not name.startswith(b".", 4)}
+
+
+def on_file(folder: bytes, file: bytes, action: Callable[[bytes], Any]) -> Any:
+    """action(file), wherever another program has just renamed it to."""
+    for _ in range(3):
+        try:
+            return action(file)
+        except FileNotFoundError:
+            if not (found := listing(folder).get(base_of(file))):
+                break
+            file = found
+    raise Vanished
+
+
+def sync_directory(path: bytes) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_home(home: str) -> None:
+    """A Maildir with its parents, private; one that exists is left alone."""
+    for sub in ("tmp", "new", "cur"):  # cur/ last: with it the folder exists
+        os.makedirs(os.path.join(home, sub), 0o700, exist_ok=True)
+
+
+class Delivery:
+    """A message on its way into a folder: write() it to tmp/, then finish() and keep(), after
+    which it is on disk under its final name; or drop(). Stored lines end in LF, as mutt expects."""
+
+    def __init__(self, folder: bytes) -> None:
+        self.folder = folder
+        self.name = unique_name()
+        self.path = folder + b"/tmp/" + self.name
+        self.held = b""  # a CR at the end of a chunk, until we see what follows
+        self.file = open(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb")
+
+    def write(self, data: bytes) -> None:
+        data = self.held + data
+        self.held = b"\r" if data.endswith(b"\r") else b""
+        self.file.write(data[: len(data) - len(self.held)].replace(b"\r\n", b"\n"))
+
+    def finish(self, when: float | None = None) -> None:
+        """The slow half, for those who then lock the index."""
+        with self.file:
+            self.file.write(self.held)
+            self.file.flush()
+            if when is not None:
+                os.utime(self.path, (when, when))
+            os.fsync(self.file.fileno())
+
+    def keep(self, flags: str = "") -> bytes:
+        file = b"cur/" + self.name + b":2," + flags.encode() if flags else b"new/" + self.name
+        os.rename(self.path, self.folder + b"/" + file)
+        sync_directory(self.folder + b"/" + file[:3])
+        return file
+
+    def drop(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk: close() tries to write what is left
+            self.file.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+
+def deliver(home: str, source: BinaryIO) -> None:
+    """Put a message into the INBOX, as a delivery agent does; OSError if that can't be done."""
+    make_home(home)
+    delivery = Delivery(os.fsencode(home))
+    try:
+        while data := source.read(65536):
+            delivery.write(data)
+        delivery.finish()
+        delivery.keep()
+    except BaseException:
+        delivery.drop()
+        raise
+
+
+def check_name(name: str) -> str:
+    """A mailbox name that can be a folder `.NAME`, in the only spelling that modified UTF-7 has
+    for it (RFC 3501 5.1.3); else NO [CANNOT]. Nothing else may become part of a path."""
+    if name.upper() == "INBOX":
+        return "INBOX"
+    reason = ""
+    if not name.isascii() or not name.isprintable() or "/" in name:
+        reason = "character not allowed"
+    elif not all(name.split(".")) or len(name) > NAME_LIMIT:
+        reason = "too long, or nothing between separators"
+    for run in re.findall("&([^-]*-?)", name) if not reason else ():
+        try:
+            text = base64.b64decode(run[:-1].replace(",", "/") + "==").decode("utf-16-be")
+            again = base64.b64encode(text.encode("utf-16-be")).rstrip(b"=").decode() + "-"
+        except ValueError:
+            again = text = ""
+        if again.replace("/", ",") != run or re.search("[ -~]", text):
+            reason = "not modified UTF-7"
+    if reason:
+        raise MailError("CANNOT", f"Invalid mailbox name: {reason}")
+    return name
+
+
+class Index:
+    """The SQLite file of one user, and all that is done to folders under its lock. Get one by
+    at() where it is needed and keep it over no yield: it may be closed while others work."""
+
+    opened: dict[str, Index] = {}  # this process's connections, the least recently used first
+
+    @classmethod
+    def at(cls, home: str) -> Index:
+        index = cls.opened.pop(home, None)
+        if index and index.identity() != index.file:  # deleted or put aside meanwhile
+            index.db.close()
+            index = None
+        cls.opened[home] = index = index or cls(home)
+        if len(cls.opened) > INDEXES_OPEN:
+            cls.opened.pop(next(iter(cls.opened))).db.close()
+        return index
+
+    def __init__(self, home: str) -> None:
+        self.home = os.fsencode(home)
+        self.path = os.path.join(home, "hibernate.sqlite3")
+        make_home(home)
+        fd = os.open(home, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)  # one process at a time makes an index, or discards one
+            self.connect()
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError as error:
+            self.put_aside(error)
+            self.connect()
+        finally:
+            os.close(fd)
+
+    def put_aside(self, error: Exception) -> None:
+        """Out of the way, but there for whoever wants to look. It costs new UIDVALIDITYs."""
+        self.db.close()
+        log.warning("%s: %s, put aside as .bad", self.path, error)
+        os.replace(self.path, self.path + ".bad")
+
+    def connect(self) -> None:
+        self.db = sqlite3.connect(self.path, INDEX_PATIENCE, isolation_level=None)
+        self.db.execute("PRAGMA cache_size = -64")
+        version, = self.db.execute("PRAGMA user_version").fetchone()
+        if not version and not self.db.execute("SELECT * FROM sqlite_master").fetchone():
+            self.db.execute("PRAGMA journal_mode = WAL")
+            self.db.executescript(SCHEMA)
+        elif version != INDEX_VERSION:
+            raise sqlite3.DatabaseError("not our index, or of another version")
+        self.file = self.identity()
+
+    def identity(self) -> tuple[int, int]:
+        try:
+            status = os.stat(self.path)
+            return status.st_dev, status.st_ino
+        except FileNotFoundError:
+            return 0, 0
+
+    @contextlib.contextmanager
+    def transaction(self, kind: str = "IMMEDIATE", durable: bool = True) -> Iterator[None]:
+        """`durable`: on disk when it is over. Whatever hands out UIDs needs that; lost flags or
+        sizes are found again in the folder."""
+        self.db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        self.db.execute(f"BEGIN {kind}")
+        try:
+            yield
+            self.db.execute("COMMIT")
+        except BaseException:
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+            raise
+
+    # Mailboxes
+
+    def folder(self, name: str) -> bytes:
+        return self.home if name == "INBOX" else self.home + b"/." + check_name(name).encode()
+
+    def exists(self, name: str) -> bool:
+        return os.path.isdir(self.folder(name) + b"/cur")
+
+    def must_exist(self, name: str) -> None:
+        if not self.exists(name):
+            raise MailError("NONEXISTENT", f"Mailbox doesn't exist: {name}")
+
+    def names(self) -> list[str]:
+        """All mailboxes that have a folder."""
+        names = {"INBOX"}
+        for entry in os.listdir(os.fsdecode(self.home)):
+            with contextlib.suppress(MailError):
+                if entry.startswith(".") and self.exists(entry[1:]):
+                    names.add(check_name(entry[1:]))
+        return sorted(names)
+
+    def by_id(self, number: int, uidvalidity: int = 0) -> Mailbox:
+        row = self.db.execute("SELECT * FROM mailbox WHERE id = ?", (number,)).fetchone()
+        if row is None or uidvalidity not in (0, row[2]):
+            raise MailError("NONEXISTENT", "Mailbox was deleted")
+        return Mailbox(*row)
+
+    def by_name(self, name: str) -> Mailbox:
+        """The row of a folder that exists, made if need be."""
+        self.must_exist(name)
+        query = "SELECT * FROM mailbox WHERE name = ?"
+        if not (row := self.db.execute(query, (name,)).fetchone()):
+            with self.transaction():
+                if not self.db.execute(query, (name,)).fetchone():
+                    self.insert(name)
+            row = self.db.execute(query, (name,)).fetchone()
+        return Mailbox(*row)
+
+    def insert(self, name: str) -> None:
+        """A new row. Its UIDVALIDITY is greater than any before, of this index or of a deleted
+        one: the clock, or the last one and one more; a file's time remembers that."""
+        self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))  # another program's victim
+        mark = self.path.replace(".sqlite3", ".uidvalidity")
+        with open(mark, "ab") as file:
+            last = int(os.fstat(file.fileno()).st_mtime)
+        value = max(int(time.time()), last + 1)
+        os.utime(mark, (value, value))
+        self.db.execute("INSERT INTO mailbox (name, uidvalidity) VALUES (?, ?)", (name, value))
+
+    def create_folder(self, name: str) -> Mailbox:
+        with self.transaction():
+            if self.exists(name):
+                raise MailError("ALREADYEXISTS", "Mailbox already exists")
+            folder = self.folder(name)
+            make_home(os.fsdecode(folder))
+            open(folder + b"/maildirfolder", "ab").close()  # Maildir++: a folder, no home
+            self.insert(name)
+        return self.by_name(name)
+
+    def delete_folder(self, name: str) -> None:
+        if name == "INBOX":
+            raise MailError("CANNOT", "INBOX can't be deleted")
+        trash = self.home + b"/tmp/" + unique_name()
+        with self.transaction():
+            self.must_exist(name)
+            os.rename(self.folder(name), trash)
+            self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))
+        shutil.rmtree(trash, ignore_errors=True)
+
+    def rename_folder(self, old: str, new: str) -> None:
+        """With all folders below it. The INBOX stays; its messages go to the new one."""
+        below = [name for name in self.names() if name == old or name.startswith(old + ".")]
+        targets = [check_name(new + name[len(old):]) for name in below]
+        if not below:
+            self.must_exist(old)
+        if new.startswith(old + ".") or any(self.exists(name) for name in targets):
+            raise MailError("ALREADYEXISTS", "Mailbox already exists, or would be below itself")
+        if old == "INBOX":
+            source, target = self.refresh(self.by_name(old))[0], self.create_folder(new)
+            self.copy(source, [row.uid for row in self.rows(source.id)], target, move=True)
+            return
+        with self.transaction():
+            for name, target_name in zip(below, targets):
+                os.rename(self.folder(name), self.folder(target_name))
+                self.db.execute("DELETE FROM mailbox WHERE name = ?", (target_name,))
+                self.db.execute("UPDATE mailbox SET name = ? WHERE name = ?", (target_name, name))
+
+    def subscriptions(self) -> list[str]:
+        """Dovecot's file, so that they outlive the index: one name in a line, in its newer form
+        under a version line and with tabs between the levels."""
+        try:
+            with open(self.home + b"/subscriptions", encoding="ascii", errors="ignore") as file:
+                lines = [line.replace("\t", ".") for line in file.read().split("\n")]
+        except FileNotFoundError:
+            return []
+        return sorted({line for line in lines if line and not line.startswith("V.")})
+
+    def subscribe(self, name: str, wanted: bool) -> None:
+        path = self.home + b"/subscriptions"
+        with self.transaction():  # for its lock
+            names = sorted({*self.subscriptions(), name} - (set() if wanted else {name}))
+            with open(path + b".tmp", "w", encoding="ascii", errors="ignore") as file:
+                file.write("".join(f"{each}\n" for each in names))
+            os.replace(path + b".tmp", path)
+
+    # Messages
+
+    def rows(self, number: int, low: int = 0, high: int = 2**32) -> list[MessageRow]:
+        query = (
+            "SELECT uid, file, flags, keywords, modseq, size FROM message"
+            " WHERE box = ? AND uid BETWEEN ? AND ? ORDER BY uid"
+        )
+        return [MessageRow(*row) for row in self.db.execute(query, (number, low, high))]
+
+    def picked(self, number: int, uids: Sequence[int]) -> list[MessageRow]:
+        """The rows of these (ascending) UIDs, as far as they exist."""
+        wanted = set(uids)
+        rows = self.rows(number, uids[0], uids[-1]) if wanted else []
+        return [row for row in rows if row.uid in wanted]
+
+    def refresh(
+        self, box: Mailbox, claim: bool = False, thorough: bool = True
+    ) -> tuple[Mailbox, Times]:
+        """The row in agreement with its folder, and the folder's times as of then, or UNSETTLED.
+
+        `claim`: new messages are \\Recent for the caller and for nobody later. Unless `thorough`,
+        a folder that seems to be changed by nobody but ourselves isn't listed again.
+        """
+        try:
+            times = folder_times(self.folder(box.name))
+        except FileNotFoundError:  # deleted, or renamed just now: the locked look will tell
+            times = -1, -1
+        if times == (box.new, box.cur) and not (claim and box.recent < box.uidnext):
+            return box, times
+        with self.transaction():
+            box, times = self.catch_up(box.id, thorough)
+            if claim and box.recent < box.uidnext:
+                self.db.execute("UPDATE mailbox SET recent = uidnext WHERE id = ?", (box.id,))
+        return box, times
+
+    def catch_up(self, number: int, thorough: bool = False) -> tuple[Mailbox, Times]:
+        """Compare folder and index, which is locked. The times are taken before the listing."""
+        box = self.by_id(number)
+        folder = self.folder(box.name)
+        try:
+            times = folder_times(folder)
+            if times == (box.new, box.cur):
+                return box, times
+            if not thorough and times == (-box.new, -box.cur):
+                return box, UNSETTLED
+            calm = settled(times)
+            found = listing(folder)
+            if not calm or folder_times(folder) != times:
+                times = UNSETTLED
+        except FileNotFoundError:
+            raise MailError("NONEXISTENT", "Mailbox was deleted") from None
+        return self.note(box, *self.compare(box, found, times != UNSETTLED), times), times
+
+    def note(self, box: Mailbox, uidnext: int, modseq: int, times: Times | None = None) -> Mailbox:
+        """The end of a change; without times one of our own, which says nothing of others'."""
+        new, cur = times or (-each for each in folder_times(self.folder(box.name)))
+        query = "UPDATE mailbox SET uidnext = ?, modseq = ?, new = ?, cur = ? WHERE id = ?"
+        self.db.execute(query, (uidnext, modseq, new, cur, box.id))
+        return box._replace(uidnext=uidnext, modseq=modseq, new=new, cur=cur)
+
+    def compare(self, box: Mailbox, found: dict[bytes, bytes], calm: bool) -> tuple[int, int]:
+        """Bring the rows in line with `found`; return the new UIDNEXT and MODSEQ.
+
+        readdir(3) may miss a file that is renamed meanwhile. So a message is only gone if it is
+        missing in a folder whose time was old before the listing, and the same after it.
+        """
+        gone, moved, modseq = [], [], box.modseq + 1
+        query = "SELECT uid, file, flags, modseq FROM message WHERE box = ?"
+        for uid, file, flags, before in self.db.execute(query, (box.id,)):
+            now = found.pop(base_of(file), None)
+            if now is None:
+                gone.append(uid)
+            elif now != file:
+                changed = flags_of(now) != flags
+                moved.append((now, flags_of(now), modseq if changed else before, box.id, uid))
+        query = "UPDATE message SET file = ?, flags = ?, modseq = ? WHERE box = ? AND uid = ?"
+        self.db.executemany(query, moved)
+        gone = gone if calm else []
+        self.forget(box.id, gone, modseq)
+        fresh = sorted(found.values(), key=lambda file: (len(file.partition(b".")[0]), file[4:]))
+        for uid, file in enumerate(fresh, box.uidnext):
+            self.add(box.id, uid, file, "", modseq)
+        any_change = fresh or gone or any(row[2] == modseq for row in moved)
+        return box.uidnext + len(fresh), modseq if any_change else box.modseq
+
+    def add(self, number: int, uid: int, file: bytes, keywords: str, modseq: int) -> None:
+        row = (number, uid, file, flags_of(file), keywords, modseq, None)
+        self.db.execute("INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+
+    def forget(self, number: int, uids: Sequence[int], modseq: int) -> None:
+        now = int(time.time())
+        self.db.execute("DELETE FROM expunged WHERE time < ?", (now - EXPUNGED_KEPT,))
+        rows = [(number, modseq, uid, now) for uid in uids]
+        self.db.executemany("INSERT INTO expunged VALUES (?, ?, ?, ?)", rows)
+        keys = [(number, uid) for uid in uids]
+        self.db.executemany("DELETE FROM message WHERE box = ? AND uid = ?", keys)
+
+    def read(self, box: Mailbox, row: MessageRow) -> bytes:
+        """The message as stored."""
+        for _ in range(3):
+            try:
+                with open(self.folder(box.name) + b"/" + row.file, "rb") as file:
+                    return file.read()
+            except FileNotFoundError:  # renamed by another program, or gone
+                box = self.refresh(box)[0]
+                if not (rows := self.rows(box.id, row.uid, row.uid)):
+                    break
+                row = rows[0]
+        raise Vanished
+
+    def date(self, box: Mailbox, row: MessageRow) -> float:
+        """INTERNALDATE: the file's time, which renames, links and backups keep."""
+        folder = self.folder(box.name)
+        when = on_file(folder, row.file, lambda file: os.stat(folder + b"/" + file).st_mtime)
+        return float(min(max(when, -(2**31)), 2**35))  # years that datetime can do
+
+    def keep_sizes(self, number: int, sizes: dict[int, int]) -> None:
+        """Remember what had to be computed. That it fails when others are busy is no loss."""
+        rows = [(size, number, uid) for uid, size in sizes.items()]
+        with contextlib.suppress(sqlite3.OperationalError), self.transaction(durable=False):
+            self.db.executemany("UPDATE message SET size = ? WHERE box = ? AND uid = ?", rows)
+
+    def known_keywords(self, box: Mailbox, wanted: Sequence[str]) -> list[str]:
+        """The keywords in the spelling this mailbox has for them; new ones are added to it."""
+        known = {keyword.lower(): keyword for keyword in box.keywords.split()}
+        names = [known.setdefault(keyword.lower(), keyword) for keyword in wanted]
+        if len(known) > KEYWORD_LIMIT:
+            raise MailError("LIMIT", "Too many keywords in this mailbox")
+        words = " ".join(known.values())
+        self.db.execute("UPDATE mailbox SET keywords = ? WHERE id = ?", (words, box.id))
+        return names
+
+    def store(
+        self, number: int, uids: Sequence[int], how: str, flags: str,
+        keywords: Sequence[str] = (), unchanged_since: int = 2**63,
+    ) -> tuple[int, list[int]]:
+        """STORE with how "+", "-" or "" (replace): the MODSEQ of the change, and the UIDs left
+        alone because they have changed since."""
+        updates, refused = [], []
+        with self.transaction(durable=False):
+            box = self.catch_up(number)[0]
+            folder, names = self.folder(box.name), self.known_keywords(box, keywords)
+            for row in self.picked(number, uids):
+                letters = "".join(sorted(combine(how, row.flags, flags)))
+                words = " ".join(combine(how, row.keywords.split(), names))
+                file = row.file
+                if row.modseq > unchanged_since:
+                    refused.append(row.uid)
+                    continue
+                if letters != row.flags:
+                    with contextlib.suppress(Vanished):  # of which the next look will tell
+                        file = on_file(folder, file, lambda old: reflag(folder, old, how, flags))
+                if (letters, words) != (row.flags, row.keywords):
+                    updates.append((file, flags_of(file), words, box.modseq + 1, number, row.uid))
+            query = "UPDATE message SET file = ?, flags = ?, keywords = ?, modseq = ?"
+            self.db.executemany(query + " WHERE box = ? AND uid = ?", updates)
+            if updates:
+                os.utime(folder + b"/cur")  # keywords rename nothing, and yet sleepers must stir
+                self.note(box, box.uidnext, box.modseq + 1)
+        return box.modseq + 1, refused
+
+    def append(self, number: int, delivery: Delivery, flags: str, keywords: Sequence[str]) -> int:
+        """Take in a delivery that is finished; return its UID."""
+        with self.transaction():
+            box = self.catch_up(number)[0]
+            names = " ".join(self.known_keywords(box, keywords))
+            self.add(number, box.uidnext, delivery.keep(flags), names, box.modseq + 1)
+            self.note(box, box.uidnext + 1, box.modseq + 1)
+        return box.uidnext
+
+    def copy(
+        self, source: Mailbox, uids: Sequence[int], target: Mailbox, move: bool
+    ) -> list[tuple[int, int]]:
+        """All or nothing: the UIDs here and there. Moving expunges when the copies are safe:
+        killed in between, it leaves both, never none."""
+        made: list[bytes] = []
+        try:
+            with self.transaction():
+                pairs = self.link_all(source, uids, target, made)
+        except BaseException:
+            for path in made:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+            raise
+        if move:
+            self.expunge(source.id, uids)
+        return pairs
+
+    def link_all(
+        self, source: Mailbox, uids: Sequence[int], target: Mailbox, made: list[bytes]
+    ) -> list[tuple[int, int]]:
+        source, target = self.catch_up(source.id)[0], self.catch_up(target.id)[0]
+        here, there = self.folder(source.name) + b"/", self.folder(target.name) + b"/"
+        rows = self.picked(source.id, uids)
+        self.known_keywords(target, sorted({w for row in rows for w in row.keywords.split()}))
+        for uid, row in enumerate(rows, target.uidnext):
+            name = b"cur/" + unique_name() + b":2," + row.flags.encode()
+            made.append(there + name)
+            on_file(here[:-1], row.file, lambda file: os.link(here + file, made[-1]))
+            self.add(target.id, uid, name, row.keywords, target.modseq + 1)
+        if len(rows) < len(uids):
+            raise Vanished
+        sync_directory(there + b"cur")
+        self.note(target, target.uidnext + len(rows), target.modseq + 1)
+        return [(row.uid, uid) for uid, row in enumerate(rows, target.uidnext)]
+
+    def expunge(self, number: int, uids: Sequence[int], deleted_only: bool = False) -> None:
+        with self.transaction():
+            box = self.catch_up(number)[0]
+            folder, rows = self.folder(box.name), self.picked(number, uids)
+            rows = [row for row in rows if "T" in row.flags or not deleted_only]
+            for row in rows:
+                with contextlib.suppress(Vanished):
+                    on_file(folder, row.file, lambda file: os.unlink(folder + b"/" + file))
+            if rows:
+                self.forget(number, [row.uid for row in rows], box.modseq + 1)
+                self.note(box, box.uidnext, box.modseq + 1)
+
+
+def combine(how: str, old: Sequence[str], change: Sequence[str]) -> list[str]:
+    """STORE's arithmetic.
+
+    >>> combine("+", "RS", "FS"), combine("-", "RS", "FS"), combine("", "RS", "FS")
+    (['R', 'S', 'F'], ['R'], ['F', 'S'])
+    """
+    if how == "-":
+        return [each for each in old if each not in change]
+    return list(dict.fromkeys([*(old if how else ()), *change]))
+
+
+def reflag(folder: bytes, file: bytes, how: str, flags: str) -> bytes:
+    """Rename for new flags; letters that IMAP doesn't know stay (Dovecot's keywords, mutt's P)."""
+    info = file.partition(b":2,")[2].decode("latin-1")
+    others = [letter for letter in info if letter not in "DFRST"]
+    letters = "".join(sorted({*combine(how, flags_of(file), flags), *others}))
+    renamed = b"cur/" + base_of(file) + b":2," + letters.encode("latin-1")
+    os.rename(folder + b"/" + file, folder + b"/" + renamed)
+    return renamed
+# ------------------------------------------------------------------------------------------------
+# 9  Messages
+#
+# A message is its bytes with CRLF line ends and a tree of offsets into them: every answer is cut
+# from those bytes, nothing is put together again from parsed pieces. Mail is written by anybody,
+# so nothing in here raises, recurses by the sender's will or takes more than linear time; where
+# no RFC says what broken mail means, the answer is Dovecot's.
+# ------------------------------------------------------------------------------------------------
+
+MAX_DEPTH, MAX_PARTS, MAX_BOUNDARY = 100, 10_000, 80  # a part beyond these stays opaque
+NUL = "\ufffd".encode()
+ATEXT, MIME_TEXT = rb"!#-'*+\-/-9=?A-Z^-~\x80-\xff", rb"!#-'*+\-.0-9A-Z^-~\x80-\xff"
+QUOTED = rb'"((?:[^"\\]++|\\.)*+)"'
+COMMENT = rb"\((?:[^()\\]++|\\.|\((?:[^()\\]++|\\.|\([^()]*+\))*+\))*+\)"  # nests three deep
+TOKEN = re.compile(  # space, comment, word, quoted string, domain literal; e: has no end
+    rb'(?P<s>[ \t\r\n]+)|(?P<c>%b)|(?P<w>[%b.]+)|(?P<q>%b)|(?P<d>\[(?:[^][\\]|\\.)*+\])'
+    rb'|(?P<e>["(].*)|.' % (COMMENT, ATEXT, QUOTED), re.S)
+# An address list as the letters of its tokens, which makes the grammar a regular one.
+GROUP = re.compile("([wq]*):")
+MAILBOX = re.compile(
+    "(?:(?P<name>[wq]*)(?P<angle><)(?P<route>(?:@[wd],*)+:?)?)?(?P<user>[wq]?)"
+    "(?P<at>@(?P<host>[wd]?))?(?(angle)(?P<end>>?)|(?(at)|(?P<more>[wq]*)))")
+HOST = re.compile(rb"\[.*\]|[%b]+(?:\.[%b]+)*+" % (ATEXT, ATEXT), re.S)
+MEDIA = re.compile(rb"\s*([%b]+)\s*(?:\Z|/\s*([%b]+)\s*(?=;|\Z))" % (MIME_TEXT, MIME_TEXT))
+PARAMETER = re.compile(
+    rb';\s*+([%b]++)\s*+=\s*+(?:%b|(=[^; \t\r\n]*+|[%b]++|(?!")))' % (MIME_TEXT, QUOTED, MIME_TEXT),
+    re.S)
+PIECE = re.compile(rb"([^*]*)\*([0-9]{0,9})(\*?)")
+ONE_WORD = re.compile(rb"\s*([%b]*)\s*" % MIME_TEXT)
+LANGUAGES = re.compile(rb"\s*([%b]+(?:\s*,\s*[%b]+)*+)" % (ATEXT, ATEXT))
+FIELD_END = re.compile(rb"\r\n(?![ \t])")
+HEADER_END, DASHES = re.compile(rb"^(?:\r\n|--)", re.M), re.compile(rb"\n--")
+ENCODED_WORD = re.compile(
+    rb"=\?([^?*]*+)(?:\*[^?]*+)?\?([bq])\?([^?]*+)\?=(?:[ \t\r\n]++(?==\?))?", re.I)
+# Only what is in Python's own table: looking up any other name imports, and is never forgotten.
+CHARSETS = frozenset(aliases) | frozenset(aliases.values()) | {"koi8_u", "cp874"}
+
+Fields = list[tuple[bytes, bytes]]
+Address = tuple[bytes | None, bytes | None, bytes | None, bytes | None]  # name route mailbox host
+
+
+def quoted(text: bytes | str | None) -> bytes:
+    r"""An nstring: NIL, a quoted string, or a literal where that is needed or shorter.
+
+    >>> quoted(None), quoted('a"b'), quoted("\xe9")
+    (b'NIL', b'"a\\"b"', b'{2}\r\n\xc3\xa9')
+    """
+    if text is None:
+        return b"NIL"
+    raw = text.encode("utf-8", "replace") if isinstance(text, str) else text
+    raw = raw.replace(b"\0", b"\x80")  # literals must not hold it either
+    if not raw.isascii() or b"\r" in raw or b"\n" in raw or raw.count(b'"') + raw.count(b"\\") > 4:
+        return b"{%d}\r\n%b" % (len(raw), raw)
+    return b'"%b"' % raw.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+
+
+def quoted_line(value: bytes) -> bytes:
+    """A header field's value as a string without line ends."""
+    value = re.sub(rb"[\r\n](?![ \t\r\n]|\Z)", b" ", value).replace(b"\0", NUL)
+    return quoted(re.sub(rb"[\r\n]", b"", value))
+
+
+def quoted_human(value: bytes) -> bytes:
+    """A subject or name: white space is squeezed, and anything special makes it a literal."""
+    text = re.sub(rb"[ \t\r\n]+", b" ", value).strip(b" ").replace(b"\0", NUL)
+    if text and (text != value or re.search(rb'[\x80-\xff"\\]', text)):
+        return b"{%d}\r\n%b" % (len(text), text)
+    return b'"%b"' % text
+
+
+def quoted_field(fields: dict[bytes, bytes], name: bytes) -> bytes:
+    return quoted_line(fields[name]) if name in fields else b"NIL"
+
+
+def unquoted(text: bytes) -> bytes:
+    """What the inside of a quoted string or comment means."""
+    return re.sub(rb"\r?\n|\\([^\r\n\0])", rb"\1", text).replace(b"\0", NUL)
+
+
+def uncommented(value: bytes) -> bytes:
+    kept = (match[0] for match in TOKEN.finditer(value) if match.lastgroup not in ("s", "c"))
+    return b" ".join(kept) if b"(" in value else value
+
+
+def header_fields(header: bytes) -> Fields:
+    """(lower-case name, value with its folds) of each field in order; other lines are skipped."""
+    lines = (line.partition(b":") for line in FIELD_END.split(header))
+    return [(name.rstrip(b" \t").lower(), value.lstrip(b" \t") or value[1:])
+            for name, colon, value in lines if colon and b"\n" not in name and len(name) <= 1000]
+
+
+class AddressList:
+    """The addresses of a From, To, ... for ENVELOPE; `found` marks faults as Dovecot does."""
+
+    def __init__(self, value: bytes) -> None:
+        self.texts: list[bytes] = []
+        self.comments: list[bytes] = []  # the last one after each token
+        self.found: list[Address] = []
+        self.kinds = "".join(self.tokens(value))
+        at, grouped = 0, False
+        while at < len(self.kinds) and len(self.found) < MAX_PARTS:
+            group = None if grouped else GROUP.match(self.kinds, at)
+            if group:
+                self.found.append((None, None, self.words(group, 1, b" ") or b"", None))
+                grouped, at = True, group.end()
+            if not group or self.kinds[at:at + 1] not in ("", ";"):
+                at = self.mailbox(at)
+            if grouped and self.kinds[at:at + 1] != ",":
+                self.found.append((None, None, None, None))
+                grouped, at = False, at + (self.kinds[at:at + 1] == ";")
+            if self.kinds[at:at + 1] != ",":  # garbage: the rest is not guessed at
+                break
+            at += 1
+
+    def tokens(self, value: bytes) -> Iterator[str]:
+        for match in TOKEN.finditer(value):
+            if match.lastgroup == "c" and self.comments:
+                self.comments[-1] = unquoted(match[0][1:-1])
+            elif match.lastgroup not in ("c", "s"):
+                self.texts.append(match[0])
+                self.comments.append(b"")
+                yield match.lastgroup or match[0].decode("latin-1")
+
+    def words(self, match: re.Match[str], group: int | str, glue: bytes = b"") -> bytes | None:
+        texts = self.texts[match.start(group):match.end(group)] if match[group] else []
+        plain = (unquoted(text[1:-1] if text[:1] == b'"' else text) for text in texts)
+        return glue.join(plain) if texts else None
+
+    def mailbox(self, start: int) -> int:
+        """Add the mailbox at token `start`, however broken; where it ends."""
+        match = MAILBOX.match(self.kinds, start)
+        assert match is not None  # it matches nothing at all, too
+        name, more = self.words(match, "name", b" "), self.words(match, "more", b" ")
+        route, user, host = (self.words(match, group) for group in ("route", "user", "host"))
+        broken = self.kinds[match.end():match.end() + 1] == "e"
+        if broken or not HOST.fullmatch(host or b""):
+            host = None
+        if match["angle"]:
+            if route is not None:
+                route = re.sub(rb",+", b",", route[:-1]) if route[-1:] == b":" else b"INVALID_ROUTE"
+            if broken or not match["end"] or match["at"] and not host:
+                host = b"SYNTAX_ERROR"
+        else:
+            name = next(filter(None, reversed(self.comments[start:match.end()])), None)
+            if not name and more:
+                name, user = (user or b"") + b" " + more, None
+            elif not name and match["user"] == "q" and not match["at"]:
+                name, user = user, None
+        user = b"MISSING_MAILBOX" if user is None else user
+        self.found.append((name or None, route, user, host or b"MISSING_DOMAIN"))
+        return match.end()
+
+
+def envelope(header: Fields) -> bytes:
+    """ENVELOPE of a header; of several fields of a name all addresses count, or the last text."""
+    text, people = dict(header), {}
+    for name in (b"from", b"sender", b"reply-to", b"to", b"cc", b"bcc"):
+        rows = [b"(%b %b %b %b)" % (quoted_human(row[0]) if row[0] else b"NIL",
+                                    *map(quoted, row[1:]))
+                for field, value in header if field == name for row in AddressList(value).found]
+        people[name] = b"(%b)" % b"".join(rows) if rows else b"NIL"
+        if not rows and name in (b"sender", b"reply-to"):
+            people[name] = people[b"from"]
+    subject = quoted_human(text[b"subject"]) if b"subject" in text else b"NIL"
+    return b"(%b %b %b %b %b)" % (
+        quoted_field(text, b"date"), subject, b" ".join(people.values()),
+        quoted_field(text, b"in-reply-to"), quoted_field(text, b"message-id"))
+
+
+def parameters(value: bytes) -> Fields:
+    r"""The parameters of a media type or disposition, the pieces of RFC 2231 put together.
+
+    >>> parameters(b"; a=1; b*1*=%C3; b*0*=utf-8''x; c=\"d e\"")
+    [(b'a', b'1'), (b'c', b'd e'), (b'b*', b"utf-8''x%C3")]
+    """
+    whole, pieces = [], []
+    for name, inside, bare in PARAMETER.findall(value):
+        piece = PIECE.fullmatch(name)
+        if piece:
+            star = piece[3] if piece[2] else b"*"
+            pieces.append((piece[1], int(piece[2] or 0), star, bare or unquoted(inside)))
+        else:
+            whole.append((name, bare or unquoted(inside)))
+    pieces.sort(key=lambda piece: piece[:2])
+    for _, group in itertools.groupby(pieces, key=lambda piece: piece[0].lower()):
+        rows = list(group)
+        star = max(row[2] for row in rows)
+        if [row[1] for row in rows] != list(range(len(rows))):  # some are missing: as they are
+            whole += [(b"%b*%d%b" % row[:3], row[3]) for row in rows]
+        else:
+            texts = [row[3] if row[2] == star else row[3].replace(b"%", b"%25") for row in rows]
+            texts.insert(0, b"''" if rows[0][2] != star else b"")
+            whole.append((rows[0][0] + star, b"".join(texts)))
+    return whole
+
+
+def parameter_list(found: Fields, text: bool = False) -> bytes:
+    if text and all(name.lower() != b"charset" for name, _ in found):
+        found = found + [(b"charset", b"us-ascii")]
+    return b"(%b)" % b" ".join(quoted(s) for pair in found for s in pair) if found else b"NIL"
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Part:
+    """A part of a message: its header from `start`, its body from `body` to `end`."""
+
+    parent: Part | None
+    start: int
+    body: int = 0
+    end: int = -1
+    depth: int = 0
+    kind: str = "text"  # text, multipart, message (rfc822), other, or opaque: beyond the limits
+    media: tuple[bytes, bytes, Fields] | None = None  # type, subtype, parameters
+    children: list[Part] = dataclasses.field(default_factory=list)
+
+    def classify(self, value: bytes | None) -> None:
+        """Find out what it is from its Content-Type, None if it has none."""
+        if value is None:
+            above = self.parent.media if self.parent else None
+            self.kind = "message" if above and above[1].lower() == b"digest" else "text"
+            return
+        value = uncommented(value)
+        match = MEDIA.match(value)
+        main, sub = (match[1], match[2] or b"") if match else (b"", b"")
+        self.media = main, sub, parameters(value[match.end():] if match and sub else b"")
+        kinds = {b"text": "text", b"multipart": "multipart" if sub else "opaque",
+                 b"message": "message" if sub.lower() == b"rfc822" else "other"}
+        self.kind = kinds.get(main.lower(), "other")
+
+    def parameter(self, name: bytes) -> bytes | None:
+        found = self.media[2] if self.media else []
+        return next((value for key, value in found if key.lower() == name), None)
+
+
+class PartTree:
+    """Cuts a message into parts, in one pass over the lines that may end something."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.total = data, 1
+        self.expect([])
+        self.root = Part(None, 0)
+        part: Part | None = self.root
+        while part:
+            line = self.header(part)
+            part = self.child(part, line) if part.kind == "message" else self.following(part, line)
+
+    def expect(self, boundaries: list[tuple[bytes, Part]]) -> None:
+        self.open = boundaries  # innermost last
+        self.texts = tuple(text for text, _ in boundaries)
+
+    def child(self, parent: Part, start: int) -> Part:
+        parent.children.append(Part(parent, start, depth=parent.depth + 1))
+        self.total += 1
+        return parent.children[-1]
+
+    def boundary(self, line: int) -> int:
+        """Which boundary stands after the dashes at `line`: the exact one, else the longest; -1."""
+        if self.total >= MAX_PARTS or not self.data.startswith(self.texts, line + 2):
+            return -1
+        found = self.data[line + 2:line + MAX_BOUNDARY + 6].partition(b"\n")[0].removesuffix(b"\r")
+        fits = [index for index, text in enumerate(self.texts) if found.startswith(text)]
+        exact = [index for index in fits if found in (self.texts[index], self.texts[index] + b"--")]
+        return exact[-1] if exact else max(fits, key=lambda index: (len(self.texts[index]), index))
+
+    def header(self, part: Part) -> int:
+        """Read a part's header; where the line after it starts."""
+        data, line, blank = self.data, len(self.data), False
+        for match in HEADER_END.finditer(data, part.start):
+            blank = match[0] == b"\r\n"
+            if blank or self.boundary(match.start()) >= 0:
+                line = match.end() if blank else match.start()
+                break
+        part.body = line
+        fields = header_fields(data[part.start:line])
+        part.classify(next((value for name, value in fields if name == b"content-type"), None))
+        deep = part.depth + 1 >= MAX_DEPTH
+        boundary = part.parameter(b"boundary")
+        if part.kind == "message" and (deep or self.total >= MAX_PARTS):
+            part.kind = "opaque"
+        elif part.kind == "multipart" and blank and boundary is not None:
+            if deep:
+                part.kind = "opaque"
+            else:
+                self.expect([*self.open, (boundary[:MAX_BOUNDARY], part)])
+        index = self.boundary(line) if data.startswith(b"--", line) else -1
+        if index >= 0 and self.open[index][1] is not part:
+            part.body = part.end = max(line - 2, part.start)  # the boundary owns the line end
+        return line
+
+    def following(self, part: Part, line: int) -> Part | None:
+        """Close what the next boundary ends; the part that begins after it, if any does."""
+        while self.texts:
+            lines = (match.start() + 1 for match in DASHES.finditer(self.data, line - 1))
+            found = next((start for start in lines if self.boundary(start) >= 0), -1)
+            if found < 0:
+                break
+            index = self.boundary(found)
+            text, owner = self.open[index]
+            after = found + 2 + len(text)
+            last = self.data.startswith(b"--", after)
+            self.expect(self.open[:index if last else index + 1])
+            self.close(part, owner, found if found == line else found - 2)
+            part, line = owner, self.data.find(b"\n", after) + 1
+            if not line:
+                break
+            if not last:
+                return self.child(owner, line)
+        self.close(part, None, len(self.data))
+        return None
+
+    def close(self, part: Part | None, owner: Part | None, end: int) -> None:
+        while part and part is not owner:
+            part.end = end if part.end < 0 else part.end
+            part = part.parent
+
+
+def decoded(raw: bytes, charset: bytes) -> str:
+    name = charset.decode("latin-1").lower().replace("-", "_")
+    try:
+        return raw.decode(name if name in CHARSETS else "utf-8", "replace")
+    except (LookupError, ValueError):  # a codec that is not for text, or refuses
+        return raw.decode("utf-8", "replace")
+
+
+def untransferred(raw: bytes, encoding: bytes) -> bytes:
+    """The content below a transfer encoding; of base64, what comes before the first fault."""
+    if encoding in (b"quoted-printable", b"q"):
+        return binascii.a2b_qp(raw, header=encoding == b"q")
+    if encoding in (b"base64", b"b"):
+        digits = re.split(rb"[^A-Za-z0-9+/]", raw.translate(None, b" \t\r\n"), 1)[0]
+        return binascii.a2b_base64(digits[:len(digits) - (len(digits) % 4 == 1)] + b"===")
+    return raw if encoding in (b"", b"7bit", b"8bit", b"binary") else b""
+
+
+def decoded_words(value: bytes) -> str:
+    """A header's text with folds and encoded words (RFC 2047) undone."""
+    value = re.sub(rb"\r\n(?=[ \t])", b"", value)
+    found, at = [], 0
+    for match in ENCODED_WORD.finditer(value):
+        found.append(value[at:match.start()].decode("utf-8", "replace"))
+        found.append(decoded(untransferred(match[3], match[2].lower()), match[1]))
+        at = match.end()
+    return "".join(found) + value[at:].decode("utf-8", "replace")
+
+
+class Message:
+    """One message, parsed as far as it is asked about; sizes and offsets are those with CRLF."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+        self.size = len(raw) + raw.count(b"\n") - raw.count(b"\r\n")
+
+    @functools.cached_property
+    def data(self) -> bytes:
+        raw, self.raw = self.raw, b""  # a large message is held once
+        if len(raw) == self.size:
+            return raw
+        return raw.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+
+    @functools.cached_property
+    def root(self) -> Part:
+        return PartTree(self.data).root
+
+    @functools.cached_property
+    def header(self) -> Fields:
+        """The message's own fields, found without looking for parts."""
+        end = re.search(rb"^\r\n", self.data, re.M)
+        return header_fields(self.data[:end.start()] if end else self.data)
+
+    def envelope(self) -> bytes:
+        return envelope(self.header)
+
+    def bodystructure(self, extended: bool) -> bytes:
+        return self.structure(self.root, extended)
+
+    def structure(self, part: Part, extended: bool) -> bytes:
+        """BODY of a part; it recurses, but not deeper than MAX_DEPTH."""
+        fields = header_fields(self.data[part.start:part.body])
+        inside = part.parent and part.parent.kind == "multipart"
+        mime = inside or part.media or any(name == b"mime-version" for name, _ in fields)
+        first = dict(reversed(fields)) if mime else {}
+        if part.kind == "multipart" and part.media:
+            children = part.children or [Part(part, 0, 0, 0)]  # the grammar wants one
+            words = [b"".join(self.structure(child, extended) for child in children),
+                     quoted(part.media[1])]
+            more = [parameter_list(part.media[2])]
+        else:
+            words = self.leaf(part, first, extended)
+            more = [quoted_field(first, b"content-md5")]
+        return b"(%b)" % b" ".join(words + more + extension(first) if extended else words)
+
+    def leaf(self, part: Part, first: dict[bytes, bytes], extended: bool) -> list[bytes]:
+        main, subtype, found = part.media or (b"text", b"plain", [])
+        if part.kind == "message":
+            main, subtype = b"message", b"rfc822"
+        elif part.kind == "opaque":
+            main, subtype = b"application", b"octet-stream"
+        encoding = ONE_WORD.fullmatch(uncommented(first.get(b"content-transfer-encoding", b"")))
+        words = [quoted(main), quoted(subtype), parameter_list(found, part.kind == "text"),
+                 quoted_field(first, b"content-id"), quoted_field(first, b"content-description"),
+                 quoted(encoding and encoding[1] or b"7bit"), b"%d" % (part.end - part.body)]
+        for child in part.children:
+            words.append(envelope(header_fields(self.data[child.start:child.body])))
+            words.append(self.structure(child, extended))
+        if part.kind in ("text", "message"):
+            words.append(b"%d" % self.data.count(b"\n", part.body, part.end))
+        return words
+
+    def part(self, numbers: tuple[int, ...]) -> Part | None:
+        """The part of this number; in a message/rfc822 they go on in its only child."""
+        part = self.root
+        for left, number in zip(reversed(range(len(numbers))), numbers):
+            if part.kind == "multipart":
+                if not 0 < number <= len(part.children):
+                    return None
+                part = part.children[number - 1]
+            elif number != 1 or left and part.kind != "message":
+                return None
+            part = part.children[0] if left and part.kind == "message" else part
+        return part
+
+    def section(self, part: tuple[int, ...], what: str, fields: tuple[str, ...]) -> bytes | None:
+        """BODY[part.what (fields)]; None if there is no such part."""
+        found = self.part(part)
+        if found and part and what not in ("", "MIME"):
+            found = found.children[0] if found.kind == "message" else None
+        if not found or what == "MIME" and not part:
+            return None
+        cut = slice(found.start, found.body)
+        if what in ("", "TEXT"):
+            cut = slice(found.body if part or what else 0, found.end)
+        text = self.data[cut].replace(b"\0", b"\x80")  # IMAP can't send NULs
+        if what.startswith("HEADER.FIELDS"):
+            names = {name.lower().encode() for name in fields}
+            return filtered(text, names, what == "HEADER.FIELDS.NOT")
+        return text
+
+    def header_text(self, name: str) -> str:
+        wanted = name.lower().encode()
+        return "\n".join(decoded_words(value) for field, value in self.header if field == wanted)
+
+    def has_header(self, name: str) -> bool:
+        return any(field == name.lower().encode() for field, _ in self.header)
+
+    def text(self, with_header: bool) -> str:
+        """What BODY and TEXT search: the text parts; for TEXT the headers of all parts too."""
+        found, parts = [], [self.root]
+        while parts:
+            part = parts.pop()
+            parts += reversed(part.children)
+            header = self.data[part.start:part.body]
+            found += [decoded_words(header)] if with_header else []
+            if not part.children and (part.media or (b"text",))[0].lower() in (b"text", b"message"):
+                encoding = dict(header_fields(header)).get(b"content-transfer-encoding", b"")
+                encoding = uncommented(encoding).partition(b";")[0].strip().lower()
+                body = untransferred(self.data[part.body:part.end], encoding)
+                found.append(decoded(body, part.parameter(b"charset") or b"utf-8"))
+        return "\n".join(found)
+
+    def sent_date(self) -> datetime.date | None:
+        """The day as written in the Date field: the SENT keys disregard the time zone."""
+        value = next((value for name, value in self.header if name == b"date"), b"")
+        found = email.utils.parsedate_tz(value[:200].decode("latin-1"))
+        try:
+            return datetime.date(*found[:3]) if found else None
+        except ValueError:
+            return None
+
+
+def filtered(header: bytes, names: set[bytes], exclude: bool) -> bytes:
+    """The lines of the fields that are named, or that are not; and the empty line."""
+    lines = re.findall(rb"(?!\r\n)[^\n]+\n?(?:[ \t][^\n]*\n?)*+", header)
+    blank = not exclude or header == b"\r\n" or header.endswith(b"\r\n\r\n")
+    return b"".join(line for line in lines if exclude != (
+        line.partition(b":")[0].rstrip(b" \t").lower() in names)) + b"\r\n" * blank
+
+
+def extension(first: dict[bytes, bytes]) -> list[bytes]:
+    """Disposition, language and location of BODYSTRUCTURE."""
+    disposition = languages = b"NIL"
+    if b"content-disposition" in first:
+        value = uncommented(first[b"content-disposition"])
+        match = ONE_WORD.match(value)
+        found = parameter_list(parameters(value[match.end():] if match else b""))
+        disposition = b"(%b %b)" % (quoted(match[1] if match else b""), found)
+    if match := LANGUAGES.match(uncommented(first.get(b"content-language", b""))):
+        languages = b"(%b)" % b" ".join(quoted(s.strip()) for s in match[1].split(b","))
+    return [disposition, languages, quoted_field(first, b"content-location")]
+# ------------------------------------------------------------------------------------------------
+# 10a  Passwords
+#
+# The auth service: one request for each log-in, answered with a ticket sealed for that client's
+# socket. Who asks faces the world and may be taken over, so no request is trusted, and a refusal
+# tells neither by its words nor by its time whether there is such a user.
+# ------------------------------------------------------------------------------------------------
+
+USER_NAME = re.compile(r"(?!\.)(?!.*\.\.)[a-z0-9._@-]{1,128}")  # becomes part of a path
+PBKDF2 = re.compile(r"\$1\$([^$]*)\$([1-9][0-9]{0,6})\$([0-9a-fA-F]{40})")
+PBKDF2_ROUNDS = 100_000  # 25 ms of a processor for each log-in; Dovecot's default is 5000
+
+
+class Secret(NamedTuple):
+    """A stored password; the greater, the dearer is its check."""
+
+    rounds: int
+    scheme: str
+    salt: bytes
+    digest: bytes
+
+    @classmethod
+    def read(cls, stored: str) -> Secret:
+        """From `{SCHEME}...` of a passwd-file; ValueError says what is wrong with it."""
+        match = re.fullmatch(r"\{([^{}]*)\}(.+)", stored)
+        scheme, text = (match[1].upper(), match[2]) if match else ("", "")
+        if scheme in ("PLAIN", "CLEARTEXT"):
+            return cls(0, "PLAIN", b"", text.encode("utf-8", "surrogateescape"))
+        if scheme == "SSHA512" and len(raw := base64.b64decode(text, validate=True)) > 64:
+            return cls(1, scheme, raw[64:], raw[:64])
+        if scheme == "PBKDF2" and (found := PBKDF2.fullmatch(text)):
+            return cls(int(found[2]), scheme, found[1].encode(), bytes.fromhex(found[3]))
+        # Without a scheme Dovecot reads CRYPT; to take such a hash for the password gives it away.
+        raise ValueError(f"not {{PLAIN}}, {{SSHA512}} or {{PBKDF2}} and a password: {{{scheme}}}")
+
+    def fits(self, password: str) -> bool:
+        found = password.encode("utf-8", "surrogateescape")
+        if self.scheme == "SSHA512":
+            found = hashlib.sha512(found + self.salt).digest()
+        elif self.scheme == "PBKDF2":
+            found = hashlib.pbkdf2_hmac("sha1", found, self.salt, self.rounds)
+        return hmac.compare_digest(found, self.digest)
+
+
+def verify(stored: str, password: str) -> bool:
+    """Is it the password? ValueError if `stored` is none of ours.
+
+    >>> verify(encode_password("SSHA512", "secret"), "secret"), verify("{PLAIN}secret", "Secret")
+    (True, False)
+    """
+    return Secret.read(stored).fits(password)
+
+
+def encode_password(scheme: str, password: str) -> str:
+    """`{SCHEME}...` for a passwd-file, as by `doveadm pw`; ValueError: it can't be written so."""
+    secret, salt = password.encode("utf-8", "surrogateescape"), secrets.token_hex(8)
+    stored = "{PLAIN}" + password
+    if scheme.upper() == "SSHA512":
+        digest = hashlib.sha512(secret + salt.encode()).digest()
+        stored = "{SSHA512}" + base64.b64encode(digest + salt.encode()).decode()
+    elif scheme.upper() == "PBKDF2":
+        digest = hashlib.pbkdf2_hmac("sha1", secret, salt.encode(), PBKDF2_ROUNDS)
+        stored = f"{{PBKDF2}}$1${salt}${PBKDF2_ROUNDS}${digest.hex()}"
+    elif scheme.upper() != "PLAIN" or not password or re.search("[:\0\r\n]", password):
+        raise ValueError("PLAIN, SSHA512 or PBKDF2; PLAIN neither empty nor with a colon")
+    return stored
+
+
+class PasswordFile:
+    """Dovecot's passwd-file, read again when it has changed; a wrong line costs only its user."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.version = path, (0, 0, 0)
+        self.users: dict[str, tuple[Secret, str]] = {}  # the secret, and the home if one is named
+        self.dearest = Secret(0, "PLAIN", b"", b"")
+
+    def refresh(self) -> None:
+        found = os.stat(self.path)
+        version = found.st_mtime_ns, found.st_size, found.st_ino
+        if version == self.version:
+            return
+        with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().split("\n")
+        self.users, self.version = {}, version
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.strip() and not line.startswith("#"):
+                    self.add(*(line.rstrip("\r") + ":" * 6).split(":")[:6])
+            except ValueError as error:
+                log.warning("%s:%d: %s", self.path, number, error)
+        self.dearest = max((secret for secret, _ in self.users.values()), default=self.dearest)
+
+    def add(self, name: str, stored: str, uid: str, gid: str, gecos: str, home: str) -> None:
+        if not USER_NAME.fullmatch(name):
+            raise ValueError("not a user name (letters are lower case)")
+        if name in self.users:
+            raise ValueError("the user has an earlier line")
+        self.users[name] = Secret.read(stored), home
+
+    def check(self, user: str, password: str) -> str | None:
+        """The user's home ("" if none is named), or None: then it took as long as the dearest."""
+        secret, home = self.users.get(user, (self.dearest, ""))
+        right = secret.fits(password) and user in self.users
+        if not right and secret.rounds < self.dearest.rounds:
+            self.dearest.fits(password)
+        return home if right else None
+
+
+class AuthSession(Session):
+    """[identity, sid, remote, user, password] -> ["ok", user, ticket, seal] or ["no", reason]."""
+
+    input_limit = 8 * 1024
+    files: dict[str, PasswordFile] = {}  # of this process; nothing is read before the fork
+
+    def step(self) -> Reply | None:
+        request = bytes(self.buffer)
+        self.buffer.clear()
+        return self.answer(request) if request else None
+
+    def answer(self, request: bytes) -> Reply:
+        try:
+            reply = self.log_in(*checked(request.decode(), (str,) * 5))
+        except ValueError as error:  # its words may hold a password
+            log.info("auth: request refused: %s", type(error).__name__)
+            reply = ["no", "Authentication failed."]
+        except OSError as error:
+            log.error("%s: %s", self.config.passwd_file, error.strerror)
+            reply = ["no", "Temporary authentication failure."]
+        yield compact(reply).encode()
+        self.ended = "answered"
+
+    def log_in(self, identity: str, sid: str, remote: str, name: str, password: str) -> list[str]:
+        if not re.fullmatch("[!-~]{0,400}", identity + sid + remote) or len(password) > 1024:
+            raise ValueError("not a request")
+        path, user = self.config.passwd_file, name.lower()  # Dovecot's auth_username_format, %Lu
+        passwords = self.files.setdefault(path, PasswordFile(path))
+        passwords.refresh()
+        home = passwords.check(user, password)
+        if home is None:
+            log.info("<%s> auth: wrong password or no such user: %.64r", sid, name)
+            return ["no", "Authentication failed."]
+        home = home if os.path.isabs(home) else home_of(self.config, user)
+        return ["ok", user, *ticket(self.key, identity, sid, user, remote, home, [])]
+# ------------------------------------------------------------------------------------------------
+# 10  IMAP
+#
+# A command is read whole (only APPEND's message goes to disk as it comes), looked up in a table,
+# parsed and executed; then the client is told what else has changed, where RFC 3501 7.4.1 allows
+# it. Whatever a client sends gets its tagged answer; there is no socket and no waiting in here.
+# What a session knows is its View and the tag of its IDLE: that is all that sleeps.
+# ------------------------------------------------------------------------------------------------
+
+CAPABILITY = "IMAP4rev1 LITERAL+ SASL-IR ID ENABLE IDLE"
+SYSTEM_FLAGS = "\\Answered \\Flagged \\Deleted \\Seen \\Draft"
+LOGIN_INPUT = 8 * 1024  # bytes of a command with its literals before log-in
+BAD_LIMIT = 10  # bad commands in a row until BYE; before log-in 3
+NESTING = 50  # levels of a SEARCH
+BATCH, BATCH_READ = 500, 25  # messages at a time: by the index alone; reading their files
+STAR = 2**32  # "*" in a sequence set
+
+ATOM = re.compile(rb'[^\x00-\x20\x7f-\xff(){%*"\\\]]+')
+ASTRING = re.compile(rb'[^\x00-\x20\x7f-\xff(){%*"\\]+')
+LIST_PATTERN = re.compile(rb'[^\x00-\x20\x7f-\xff(){"\\]+')
+QUOTED_STRING = re.compile(rb'"((?:[^"\\\r\n\x00]|\\["\\])*)"')
+LITERAL = re.compile(rb"\{(\d{1,18})(\+?)\}\r?\n")
+NUMBER = re.compile(rb"\d{1,18}")
+SET = re.compile(rb"[\d*:,]+")
+RANGE = re.compile(r"([1-9]\d{0,9}|\*)(?::([1-9]\d{0,9}|\*))?")
+FETCH_NAME = re.compile(rb"[A-Za-z0-9.]+")
+SECTION = re.compile(
+    rb"\[((?:[1-9]\d{0,8}\.)*[1-9]\d{0,8}(?=\])|(?:[1-9]\d{0,8}\.)*)"
+    rb"(HEADER\.FIELDS(?:\.NOT)?(?= )|(?:HEADER|TEXT|MIME|)(?=\]))", re.I)
+PARTIAL = re.compile(rb"<(\d{1,10})\.([1-9]\d{0,9})>")
+TAG = re.compile(rb"[!#$&',\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]{1,64}")
+SLEEPER_INPUT = re.compile(rb"(DONE\r?\n)?(?:(%b) IDLE\r?\n)?" % TAG.pattern, re.I)
+
+Ranges = list[tuple[int, int]]
+Step = Generator["bytes | Ask | Pause | Move", Any, str]
+
+
+class BadCommand(Exception):
+    """The client's mistake: the text of the BAD."""
+
+
+class Item(NamedTuple):
+    """A data item of FETCH: its name in the answer, a key of ITEMS or b"[]", and which bytes."""
+
+    label: bytes
+    kind: bytes
+    part: tuple[int, ...] = ()
+    what: str = ""
+    fields: tuple[str, ...] = ()
+    start: int = 0
+    length: int = STAR
+    seen: bool = False
+
+
+class Key(NamedTuple):
+    """A SEARCH key. Cost: 0 the index tells, 1 the file's status, 2 the message, 3 all its text."""
+
+    cost: int
+    test: Callable[[Candidate], bool]
+
+
+class Parser:
+    """Takes the arguments off a command, in which literals stand as they came. What RFC 3501
+    section 9 doesn't allow is BadCommand."""
+
+    def __init__(self, text: bytes) -> None:
+        self.text = text
+        self.at = 0
+        self.charset = "ascii"
+        self.depth = 0
+
+    def sees(self, token: bytes) -> bool:
+        return self.text[self.at : self.at + len(token)].upper() == token
+
+    def take(self, token: bytes) -> bool:
+        found = self.sees(token)
+        self.at += len(token) * found
+        return found
+
+    def need(self, token: bytes) -> None:
+        if not self.take(token):
+            raise BadCommand("Missing " + ("argument" if token == b" " else repr(token.decode())))
+
+    def may(self, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
+        found = pattern.match(self.text, self.at)
+        self.at = found.end() if found else self.at
+        return found
+
+    def must(self, pattern: re.Pattern[bytes], what: str = "arguments") -> re.Match[bytes]:
+        if not (found := self.may(pattern)):
+            raise BadCommand(f"Invalid {what}")
+        return found
+
+    def end(self) -> None:
+        if self.at < len(self.text):
+            raise BadCommand("Unexpected text after the arguments")
+
+    def atom(self) -> str:
+        return self.must(ATOM)[0].decode().upper()
+
+    def string(self) -> bytes:
+        if found := self.may(QUOTED_STRING):
+            return re.sub(rb"\\(.)", rb"\1", found[1])
+        size = int(self.must(LITERAL)[1])
+        self.at += size
+        if self.at > len(self.text):
+            raise BadCommand("Invalid literal")
+        return self.text[self.at - size : self.at]
+
+    def astring(self, plain: re.Pattern[bytes] = ASTRING) -> bytes:
+        found = self.may(plain)
+        return found[0] if found else self.string()
+
+    def mailbox(self, plain: re.Pattern[bytes] = ASTRING) -> str:
+        name = self.astring(plain).decode("latin-1")
+        return "INBOX" if name.upper() == "INBOX" else name
+
+    def pattern(self) -> str:
+        return self.mailbox(LIST_PATTERN)
+
+    def number(self) -> int:
+        return int(self.must(NUMBER, "number")[0])
+
+    def items(self, item: Callable[[], Any], least: int = 1) -> list[Any]:
+        """A parenthesised list."""
+        found: list[Any] = []
+        self.need(b"(")
+        while not self.take(b")"):
+            if found:
+                self.need(b" ")
+            found.append(item())
+        if len(found) < least:
+            raise BadCommand("Empty list")
+        return found
+
+    def words(self) -> list[str]:
+        return self.items(self.atom)
+
+    def rest(self) -> bytes:
+        text, self.at = self.text[self.at :], len(self.text)
+        return text
+
+    def sequence(self) -> Ranges:
+        ranges: Ranges = []
+        for part in self.must(SET, "messageset")[0].decode().split(","):
+            if not (found := RANGE.fullmatch(part)):
+                raise BadCommand("Invalid messageset")
+            ends = [STAR if end == "*" else int(end) for end in (found[1], found[2] or found[1])]
+            if any(end >= STAR and word != "*" for end, word in zip(ends, found.groups("*"))):
+                raise BadCommand("Number too large")
+            ranges.append((min(ends), max(ends)))
+        return ranges
+
+    def flag(self) -> str:
+        if not self.take(b"\\"):
+            return self.must(ATOM, "flag")[0].decode()[:100]
+        if (name := "\\" + self.atom().capitalize()) not in LETTERS:
+            raise BadCommand(f"Invalid system flag {name}")
+        return name
+
+    def flags(self) -> tuple[str, list[str]]:
+        """(letters of system flags, keywords); STORE does without parentheses, too."""
+        if self.sees(b"("):
+            names = self.items(self.flag, 0)
+        else:
+            names = [self.flag()]
+            while self.take(b" "):
+                names.append(self.flag())
+        letters = sorted({LETTERS[name] for name in names if name in LETTERS})
+        return "".join(letters), [name for name in names if name not in LETTERS]
+
+    def time(self, form: str) -> datetime.datetime:
+        try:
+            return datetime.datetime.strptime(self.astring().decode("ascii").strip(), form)
+        except ValueError:
+            raise BadCommand("Invalid date") from None
+
+    def day(self) -> int:
+        return self.time("%d-%b-%Y").toordinal()
+
+    # Arguments of whole commands
+
+    def condstore(self) -> bool:
+        return self.take(b" ") and "CONDSTORE" in self.words()
+
+    def modifier(self, name: bytes) -> int:
+        self.need(b"(" + name + b" ")
+        number = self.number()
+        self.need(b")")
+        return number
+
+    def store(self) -> tuple[str, bool, int, str, list[str]]:
+        since = 2**63
+        if self.sees(b"("):
+            since = self.modifier(b"UNCHANGEDSINCE")
+            self.need(b" ")
+        how = "+" if self.take(b"+") else "-" if self.take(b"-") else ""
+        self.need(b"FLAGS")
+        silent = self.take(b".SILENT")
+        self.need(b" ")
+        return how, silent, since, *self.flags()
+
+    def append(self) -> tuple[str, str, list[str], float | None, int]:
+        """All that comes before APPEND's message, and where that begins."""
+        name, flags, when = self.mailbox(), "", None
+        keywords: list[str] = []
+        self.need(b" ")
+        if self.sees(b"("):
+            flags, keywords = self.flags()
+            self.need(b" ")
+        if self.sees(b'"'):
+            when = self.time("%d-%b-%Y %H:%M:%S %z").timestamp()
+            self.need(b" ")
+        start = self.at
+        self.must(LITERAL)
+        return name, flags, keywords, when, start
+
+    def fetch(self) -> tuple[list[Item], int]:
+        macros = {"ALL": b" ENVELOPE", "FAST": b"", "FULL": b" ENVELOPE BODY"}
+        if self.sees(b"("):
+            items = self.items(self.fetch_item)
+        elif (found := self.may(FETCH_NAME)) and (name := found[0].decode().upper()) in macros:
+            names = b"FLAGS INTERNALDATE RFC822.SIZE" + macros[name]
+            items = [Item(each, each) for each in names.split()]
+        else:
+            self.at -= len(found[0]) if found else 0
+            items = [self.fetch_item()]
+        return items, self.modifier(b"CHANGEDSINCE") if self.take(b" ") else -1
+
+    def fetch_item(self) -> Item:
+        name = self.must(FETCH_NAME, "FETCH item")[0].upper()
+        if self.sees(b"[") and name in (b"BODY", b"BODY.PEEK"):
+            return self.section(name == b"BODY")
+        if name in (b"RFC822", b"RFC822.TEXT", b"RFC822.HEADER"):
+            return Item(name, b"[]", what=name[7:].decode(), seen=name != b"RFC822.HEADER")
+        if name not in ITEMS:
+            raise BadCommand("Unknown FETCH item " + name.decode())
+        return Item(name, name)
+
+    def section(self, seen: bool) -> Item:
+        found = self.must(SECTION, "BODY[...] section")
+        what, label = found[2].decode().upper(), b"BODY" + found[0].upper()
+        fields: tuple[str, ...] = ()
+        part = tuple(int(number) for number in found[1].split(b".") if number)
+        if what == "MIME" and not part or not what and found[1].endswith(b"."):
+            raise BadCommand("Invalid BODY[...] section")
+        if what.startswith("HEADER.F"):
+            self.need(b" ")
+            fields = tuple(name.decode("latin-1").upper() for name in self.items(self.astring))
+            label += b" (" + b" ".join(atom_or_quoted(name) for name in fields) + b")"
+        self.need(b"]")
+        label += b"]"
+        start, length = 0, STAR
+        if partial := self.may(PARTIAL):
+            start, length = int(partial[1]), int(partial[2])
+            label += b"<%d>" % start
+        return Item(label, b"[]", part, what, fields, start, length, seen)
+
+    # SEARCH
+
+    def search(self) -> tuple[Key, bool]:
+        """The keys as one, and whether MODSEQ may be among them."""
+        if self.take(b"CHARSET "):
+            charset = self.astring().upper()
+            if charset not in (b"US-ASCII", b"UTF-8"):
+                raise MailError("BADCHARSET (US-ASCII UTF-8)", "Unknown charset")
+            self.charset = charset.decode()
+            self.need(b" ")
+        keys = [self.key()]
+        while self.take(b" "):
+            keys.append(self.key())
+        return every(keys), b"MODSEQ" in self.text.upper()
+
+    def key(self) -> Key:
+        self.depth += 1
+        if self.depth > NESTING:
+            raise BadCommand("Too many levels in SEARCH")
+        if self.sees(b"("):
+            key = every(self.items(self.key))
+        elif SET.match(self.text, self.at):
+            ranges = self.sequence()
+            key = Key(0, lambda m: within(m.number, ranges, len(m.view.uids)))
+        else:
+            key = self.named_key(self.atom())
+        self.depth -= 1
+        return key
+
+    def named_key(self, name: str) -> Key:
+        if name.startswith("UN") and name[2:] in (*SEARCH_FLAGS, "KEYWORD"):
+            key = self.named_key(name[2:])
+            return Key(key.cost, lambda m: not key.test(m))
+        if letter := SEARCH_FLAGS.get(name):
+            return Key(0, lambda m: letter in m.row.flags)
+        if name not in SEARCH_KEYS:
+            raise BadCommand(f"Unknown SEARCH key {name}")
+        arguments, cost, test = SEARCH_KEYS[name]
+        values = []
+        for argument in arguments:
+            self.need(b" ")
+            values.append(argument(self))
+        cost = max([cost, *(value.cost for value in values if isinstance(value, Key))])
+        return Key(cost, lambda m: test(m, *values))
+
+    def words_sought(self) -> str:
+        try:
+            return self.astring().decode(self.charset).casefold()
+        except ValueError:
+            raise BadCommand("Invalid text for this charset") from None
+
+    def modseq(self) -> int:
+        if self.may(QUOTED_STRING):  # the entry's name and type, which all have one MODSEQ here
+            self.need(b" ")
+            self.atom()
+            self.need(b" ")
+        return self.number()
+
+    def header_name(self) -> str:
+        return self.astring().decode("latin-1")
+
+
+@dataclass
+class View:
+    """A mailbox as one session knows it: what its client was told, and up to where in history.
+
+    All but `uids` fits into a sleeper's record. That list is made when it is needed: the UIDs
+    below `uidnext` that exist, and those expunged since `expunged`, which the client still counts.
+    """
+
+    home: str
+    id: int
+    name: str
+    readonly: bool
+    uidvalidity: int
+    uidnext: int
+    recent: int
+    keywords: int  # how many the client knows
+    modseq: int  # up to here it knows of changed flags
+    expunged: int  # and up to here of expunged messages
+    new: int  # the folder's times before the last look
+    cur: int
+    known: array[int] | None = None
+
+    @classmethod
+    def select(cls, home: str, name: str, readonly: bool) -> View:
+        before = Index.at(home).by_name(name)
+        box, times = Index.at(home).refresh(before, claim=not readonly)
+        return cls(
+            home, box.id, box.name, readonly, box.uidvalidity, box.uidnext,
+            min(before.recent, box.uidnext), -1, box.modseq, box.modseq, *times,
+        )
+
+    @property
+    def index(self) -> Index:
+        return Index.at(self.home)
+
+    def box(self) -> Mailbox:
+        return self.index.by_id(self.id, self.uidvalidity)
+
+    def query(self, what: str, *values: Any) -> list[Any]:
+        return self.index.db.execute(what, (self.id, *values)).fetchall()
+
+    @property
+    def uids(self) -> array[int]:
+        if self.known is None:
+            rows = self.query(
+                "SELECT uid FROM message WHERE box = ?1 AND uid < ?2 UNION "
+                "SELECT uid FROM expunged WHERE box = ?1 AND uid < ?2 AND modseq > ?3 ORDER BY 1",
+                self.uidnext, self.expunged,
+            )
+            self.known = array("I", (row[0] for row in rows))
+        return self.known
+
+    def number(self, uid: int) -> int:
+        """The sequence number of a UID; 0 if the session doesn't know it."""
+        at = bisect.bisect_left(self.uids, uid)
+        return at + 1 if at < len(self.uids) and self.uids[at] == uid else 0
+
+    def recents(self) -> int:
+        return len(self.uids) - bisect.bisect_left(self.uids, self.recent)
+
+    def folder(self) -> str:
+        return "" if self.name == "INBOX" else "." + self.name
+
+    def quiet(self) -> bool:
+        """Can nothing have happened? Then the index need not be opened."""
+        try:
+            times = folder_times(os.fsencode(os.path.join(self.home, self.folder())))
+        except FileNotFoundError:
+            return False
+        return times == (self.new, self.cur)
+
+    def look(self, expunges: bool, describe: Callable[[Any, int, bool], str]) -> list[str]:
+        """The untagged lines that bring the client up to date. Without `expunges` (RFC 3501
+        7.4.1) the dead stay in the view, and new messages then wait for them too."""
+        if self.quiet():
+            return []
+        index = self.index
+        _, times = index.refresh(self.box(), not self.readonly, thorough=expunges)
+        with index.transaction("DEFERRED"):  # all of what follows is of one moment
+            box = self.box()
+            query = "SELECT uid FROM expunged WHERE box = ? AND modseq > ? AND uid < ? ORDER BY uid"
+            dead = [row[0] for row in self.query(query, self.expunged, self.uidnext)]
+            query = (
+                "SELECT uid, flags, keywords, modseq FROM message"
+                " WHERE box = ? AND modseq > ? AND uid < ? ORDER BY uid"
+            )
+            changed = self.query(query, self.modseq, self.uidnext)
+            query = "SELECT uid FROM message WHERE box = ? AND uid >= ? ORDER BY uid"
+            fresh = [row[0] for row in self.query(query, self.uidnext)]
+            if dead or fresh or changed:
+                self.uids  # noqa: B018  made now, of this moment
+        lines = self.flag_lines() if len(box.keywords.split()) != self.keywords else []
+        lines += [describe(row, self.number(row[0]), row[0] >= self.recent) for row in changed]
+        self.name, self.modseq = box.name, box.modseq
+        if expunges or not dead:
+            lines += self.resize(dead, fresh)
+            self.uidnext, self.expunged = box.uidnext, box.modseq
+            self.new, self.cur = times
+        else:
+            self.new, self.cur = UNSETTLED
+        return lines
+
+    def resize(self, dead: list[int], fresh: list[int]) -> list[str]:
+        if not dead and not fresh:
+            return []
+        lines, recents = [], self.recents()
+        for uid in reversed(dead):
+            if number := self.number(uid):
+                del self.uids[number - 1]
+                lines.append(f"* {number} EXPUNGE\r\n")
+        self.uids.extend(fresh)
+        if fresh:
+            lines.append(f"* {len(self.uids)} EXISTS\r\n")
+        if self.recents() != recents:
+            lines.append(f"* {self.recents()} RECENT\r\n")
+        return lines
+
+    def flag_lines(self) -> list[str]:
+        words = self.box().keywords.split()
+        self.keywords = len(words)
+        flags = " ".join([SYSTEM_FLAGS, *words])
+        permanent = f"({flags} \\*)] Flags permitted."
+        if self.readonly:
+            permanent = "()] Read-only mailbox."
+        return [f"* FLAGS ({flags})\r\n* OK [PERMANENTFLAGS {permanent}\r\n"]
+
+
+class Candidate:
+    """A message that FETCH or SEARCH looks at; its file is read when something in it is asked."""
+
+    def __init__(self, view: View, box: Mailbox, row: MessageRow, sizes: dict[int, int]) -> None:
+        self.view = view
+        self.box = box
+        self.row = row
+        self.sizes = sizes  # those computed, for the index
+        self.number = view.number(row.uid)
+        self.recent = row.uid >= view.recent
+
+    @cached_property
+    def message(self) -> Message:
+        return Message(self.view.index.read(self.box, self.row))
+
+    def size(self) -> int:
+        if self.row.size is None:
+            self.sizes[self.row.uid] = self.message.size
+        return self.row.size or self.message.size
+
+    def seconds(self) -> float:
+        return self.view.index.date(self.box, self.row)
+
+    def day(self) -> int:
+        return datetime.date.fromtimestamp(self.seconds()).toordinal()
+
+    def sent_day(self) -> float:
+        sent = self.message.sent_date()
+        return sent.toordinal() if sent else math.nan  # which is before and after nothing
+
+    def has(self, name: str, text: str) -> bool:
+        if not text:
+            return self.message.has_header(name)
+        return text in self.message.header_text(name).casefold()
+
+    def value(self, item: Item) -> bytes:
+        if item.kind in ITEMS:
+            return item.label + b" " + ITEMS[item.kind](self)
+        data = self.message.section(item.part, item.what, item.fields) or b""
+        data = data[item.start : item.start + item.length]
+        return b"%b {%d}\r\n%b" % (item.label, len(data), data)
+
+
+ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {
+    b"UID": lambda m: b"%d" % m.row.uid,
+    b"FLAGS": lambda m: flag_list(m.row.flags, m.row.keywords, m.recent).encode(),
+    b"INTERNALDATE": lambda m: internal_date(m.seconds()),
+    b"RFC822.SIZE": lambda m: b"%d" % m.size(),
+    b"MODSEQ": lambda m: b"(%d)" % m.row.modseq,
+    b"ENVELOPE": lambda m: m.message.envelope(),
+    b"BODY": lambda m: m.message.bodystructure(False),
+    b"BODYSTRUCTURE": lambda m: m.message.bodystructure(True),
+}
+INDEXED = (b"UID", b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"MODSEQ")  # first in an answer
+
+SEARCH_FLAGS = {"ANSWERED": "R", "DELETED": "T", "DRAFT": "D", "FLAGGED": "F", "SEEN": "S"}
+SEARCH_KEYS: dict[str, tuple[tuple[Callable[[Parser], Any], ...], int, Callable[..., bool]]] = {
+    "ALL": ((), 0, lambda m: True),
+    "NEW": ((), 0, lambda m: m.recent and "S" not in m.row.flags),
+    "OLD": ((), 0, lambda m: not m.recent),
+    "RECENT": ((), 0, lambda m: m.recent),
+    "NOT": ((Parser.key,), 0, lambda m, key: not key.test(m)),
+    "OR": ((Parser.key, Parser.key), 0, lambda m, one, two: one.test(m) or two.test(m)),
+    "UID": ((Parser.sequence,), 0, lambda m, ranges: within(m.row.uid, ranges, m.view.uids[-1])),
+    "KEYWORD": ((Parser.flag,), 0, lambda m, w: w.lower() in m.row.keywords.lower().split()),
+    "MODSEQ": ((Parser.modseq,), 0, lambda m, modseq: m.row.modseq >= modseq),
+    "LARGER": ((Parser.number,), 1, lambda m, size: m.size() > size),
+    "SMALLER": ((Parser.number,), 1, lambda m, size: m.size() < size),
+    "BEFORE": ((Parser.day,), 1, lambda m, day: m.day() < day),
+    "ON": ((Parser.day,), 1, lambda m, day: m.day() == day),
+    "SINCE": ((Parser.day,), 1, lambda m, day: m.day() >= day),
+    "SENTBEFORE": ((Parser.day,), 2, lambda m, day: m.sent_day() < day),
+    "SENTON": ((Parser.day,), 2, lambda m, day: m.sent_day() == day),
+    "SENTSINCE": ((Parser.day,), 2, lambda m, day: m.sent_day() >= day),
+    "BCC": ((Parser.words_sought,), 2, lambda m, text: m.has("Bcc", text)),
+    "CC": ((Parser.words_sought,), 2, lambda m, text: m.has("Cc", text)),
+    "FROM": ((Parser.words_sought,), 2, lambda m, text: m.has("From", text)),
+    "SUBJECT": ((Parser.words_sought,), 2, lambda m, text: m.has("Subject", text)),
+    "TO": ((Parser.words_sought,), 2, lambda m, text: m.has("To", text)),
+    "HEADER": ((Parser.header_name, Parser.words_sought), 2, Candidate.has),
+    "BODY": ((Parser.words_sought,), 3, lambda m, t: t in m.message.text(False).casefold()),
+    "TEXT": ((Parser.words_sought,), 3, lambda m, t: t in m.message.text(True).casefold()),
+}
+
+
+def pieces(data: bytes) -> Iterator[bytes]:
+    return (data[at : at + 32768] for at in range(0, len(data), 32768))
+
+
+def every(keys: list[Key]) -> Key:
+    keys = sorted(keys, key=lambda key: key.cost)
+    return Key(keys[-1].cost, lambda m: all(key.test(m) for key in keys))
+
+
+def within(number: int, ranges: Ranges, last: int) -> bool:
+    for ends in ranges:
+        low, high = sorted(last if end == STAR else end for end in ends)
+        if low <= number <= high:
+            return True
+    return False
+
+
+def flag_list(letters: str, keywords: str, recent: bool) -> str:
+    names = [name for name, letter in LETTERS.items() if letter in letters]
+    return "(" + " ".join(names + ["\\Recent"] * recent + keywords.split()) + ")"
+
+
+def internal_date(seconds: float) -> bytes:
+    when = datetime.datetime.fromtimestamp(seconds).astimezone()
+    return f'"{when:%d-%b-%Y %H:%M:%S %z}"'.encode()
+
+
+def atom_or_quoted(name: str) -> bytes:
+    return name.encode() if ATOM.fullmatch(name.encode("utf-8")) else quoted(name)
+
+
+def wildcard(pattern: str, name: str) -> bool:
+    """LIST's "*" and "%", in time pattern × name, however many there are.
+
+    >>> wildcard("a%.*", "ab.c.d"), wildcard("a%", "ab.c"), wildcard("*", "x")
+    (True, False, True)
+    """
+    if name == "INBOX" or name.startswith("INBOX."):
+        pattern = pattern[:5].upper() + pattern[5:]
+    reached = [True] + [False] * len(name)  # reached[i]: the pattern so far matches name[:i]
+    for char in pattern:
+        if char in "*%":
+            for i, each in enumerate(name):
+                reached[i + 1] |= reached[i] and (char == "*" or each != ".")
+        else:
+            reached = [False] + [here and each == char for here, each in zip(reached, name)]
+    return reached[-1]
+
+
+def with_parents(names: Sequence[str]) -> list[str]:
+    """And those that are only there because something is below them."""
+    levels = [name.split(".") for name in names]
+    return sorted({".".join(level[:n]) for level in levels for n in range(1, len(level) + 1)})
+
+
+def compact_set(uids: Sequence[int]) -> str:
+    """
+    >>> compact_set([1, 2, 3, 7, 5])
+    '1:3,7,5'
+    """
+    runs: list[list[int]] = []
+    for uid in uids:
+        if runs and runs[-1][1] == uid - 1:
+            runs[-1][1] = uid
+        else:
+            runs.append([uid, uid])
+    return ",".join(f"{low}:{high}" if low < high else str(low) for low, high in runs)
+
+
+def refusal(error: Exception) -> str:
+    """The NO for what went wrong; the system's and our own faults are logged."""
+    if isinstance(error, MailError):
+        return f"NO [{error.code}] {error}."
+    code, number = getattr(error, "sqlite_errorcode", 0) & 255, getattr(error, "errno", 0)
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return "NO [INUSE] Mailbox is in use by another session."
+    log.error("%s: %s", type(error).__name__, error)
+    if code == sqlite3.SQLITE_FULL or number in (errno.ENOSPC, errno.EDQUOT):
+        return "NO [OVERQUOTA] Not enough disk space."
+    return "NO [SERVERBUG] Internal error, it is in the server's log."
+
+
+class Command(NamedTuple):
+    method: Callable[..., str | Step]
+    arguments: tuple[Callable[[Parser], Any], ...] = ()  # each after a space
+    selected: bool = False  # needs a mailbox; the method gets the view first
+    tells: bool | None = None  # what is new: nothing, all but EXPUNGE (False), or all
+
+
+class CommandSession(Session):
+    """Cuts commands and their literals off the input and runs them by a table."""
+
+    commands: dict[str, Command] = {}
+    bad_limit = BAD_LIMIT
+    tag_syntax = re.compile(TAG.pattern.decode())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.command = b""  # the command so far
+        self.literal = 0  # bytes of its literal that are still to come
+        self.bad = 0  # bad commands in a row
+        self.running = "*"  # tag of the command that is executed
+        self.by_uid = False
+        self.asked = False  # the next line isn't a command, but for continued()
+        self.view: View | None = None
+        self.upload: Delivery | str | None = None  # where APPEND's message goes, or the NO for it
+
+    def line_limit(self) -> int:
+        return LOGIN_INPUT
+
+    def movable(self) -> bool:
+        return not (self.command or self.literal or self.upload or self.asked)
+
+    @classmethod
+    def farewell(cls, reason: str) -> bytes:
+        return f"* BYE {reason}\r\n".encode()
+
+    def bye(self, reason: str) -> bytes:
+        self.ended = reason
+        return self.farewell(reason)
+
+    def say(self, text: str) -> bytes:
+        return f"{self.running} {text}\r\n".encode()
+
+    def step(self) -> Reply | None:
+        while True:
+            if self.literal and not self.take_literal():
+                return None
+            end = self.buffer.find(b"\n") + 1
+            if len(self.command) + (end or len(self.buffer)) > self.line_limit():
+                return self.too_long()
+            if not end:
+                return None
+            start, line = len(self.command), self.command + self.buffer[:end]
+            self.command = b""
+            del self.buffer[:end]
+            if self.asked or self.tag:
+                return self.continued(line.strip(b"\r\n"))
+            if found := LITERAL.search(line, start):
+                return self.literal_begins(line, found)
+            return self.run(line[: -2 if line.endswith(b"\r\n") else -1])
+
+    def take_literal(self) -> bool:
+        data = bytes(self.buffer[: self.literal])
+        del self.buffer[: len(data)]
+        self.literal -= len(data)
+        if self.upload is None:
+            self.command += data
+        elif isinstance(self.upload, Delivery):
+            try:
+                self.upload.write(data)
+            except OSError as error:
+                self.drop_upload(refusal(error))
+        return not self.literal
+
+    def drop_upload(self, answer: str | None = None) -> None:
+        if isinstance(self.upload, Delivery):
+            self.upload.drop()
+        self.upload = answer
+
+    def too_long(self) -> Reply:
+        self.buffer.clear()
+        yield b"* BAD Command line too long.\r\n" + self.bye("Command line too long")
+
+    def literal_begins(self, line: bytes, found: re.Match[bytes]) -> Reply:
+        """It may be refused before it is sent, unless the client doesn't wait (RFC 7888)."""
+        size, waits = int(found[1]), not found[2]
+        tag = TAG.match(line)
+        self.running = tag[0].decode() if tag else "*"
+        self.upload = self.upload_for(line, found.start(), size)
+        if self.upload is None and len(line) + size > self.line_limit():
+            yield self.say("BAD [TOOBIG] Literal too long.")
+            if not waits:
+                yield self.bye("Literal too long")
+        elif isinstance(self.upload, str) and waits:
+            yield self.say(self.upload)
+            self.upload = None
+        else:
+            self.command, self.literal = line, size
+            if waits:
+                yield b"+ OK\r\n"
+
+    def upload_for(self, line: bytes, start: int, size: int) -> Delivery | str | None:
+        """Where a literal goes that is a message; None: it is an argument like others."""
+        return None
+
+    def continued(self, line: bytes) -> Reply:
+        raise NotImplementedError
+
+    def run(self, line: bytes) -> Reply:
+        """One command: in any case it is answered."""
+        tells: bool | None = None
+        self.running = "*"
+        try:
+            command, arguments = self.parse(Parser(line))
+            result = command.method(self, *arguments)
+            text = result if isinstance(result, str) else (yield from result)
+            tells = command.tells if text.startswith("OK") else None
+            self.bad = 0
+        except BadCommand as error:
+            text = f"BAD {error}."
+            self.bad += 1
+        except (MailError, OSError, sqlite3.Error) as error:
+            text = refusal(error)
+            if getattr(error, "sqlite_errorcode", 0) & 255 == sqlite3.SQLITE_CORRUPT:
+                Index.at(self.home).put_aside(error)
+        self.drop_upload()
+        if tells is not None:
+            yield from self.tell(tells)
+        if text and not self.ended:
+            yield self.say(text)
+        if self.bad >= self.bad_limit:
+            yield self.bye("Too many invalid commands")
+
+    def parse(self, parser: Parser) -> tuple[Command, list[Any]]:
+        self.running = parser.must(TAG, "tag")[0].decode()
+        parser.need(b" ")
+        name = parser.atom()
+        self.by_uid = name == "UID" and parser.take(b" ")
+        if self.by_uid:
+            name = "UID " + parser.atom()
+        if not (command := self.commands.get(name)):
+            raise BadCommand(f"Unknown command {name}")
+        if command.selected and not self.view:
+            raise BadCommand("No mailbox selected")
+        arguments: list[Any] = [self.view] if command.selected else []
+        for argument in command.arguments:
+            if argument not in (Parser.rest, Parser.condstore):  # which may be absent
+                parser.need(b" ")
+            arguments.append(argument(parser))
+        parser.end()
+        return command, arguments
+
+    def tell(self, expunges: bool) -> Reply:
+        yield from ()
+
+    def capabilities(self) -> str:
+        return CAPABILITY + (
+            " NAMESPACE CHILDREN UNSELECT UIDPLUS MOVE CONDSTORE" if self.user else " AUTH=PLAIN"
+        )
+
+    def capability(self) -> Step:
+        yield f"* CAPABILITY {self.capabilities()}\r\n".encode()
+        return "OK Capability completed."
+
+    def noop(self, view: View | None = None) -> str:
+        return "OK NOOP completed." if view is None else "OK Check completed."
+
+    def id(self, client: bytes) -> Step:
+        yield b'* ID ("name" "hibernate.py")\r\n'
+        return "OK ID completed."
+
+    def logout(self) -> Step:
+        yield self.bye("Logging out") + self.say("OK Logout completed.")
+        return ""
+
+    commands = {
+        "CAPABILITY": Command(capability),
+        "NOOP": Command(noop, tells=True),
+        "ID": Command(id, (Parser.rest,)),
+        "LOGOUT": Command(logout),
+    }
+
+
+class LoginSession(CommandSession):
+    """Before log-in. What comes right after the log-in command stays in `buffer`: the engine
+    carries it along to the imap process."""
+
+    input_limit = LOGIN_INPUT + 1
+    bad_limit = 3
+
+    def opened(self) -> Reply:
+        yield f"* OK [CAPABILITY {self.capabilities()}] hibernate.py ready.\r\n".encode()
+
+    def login(self, user: bytes, password: bytes) -> Step:
+        who = [text.decode("utf-8", "replace") for text in (user, password)]
+        request = json.dumps([self.identity, self.sid, self.remote, *who])
+        reply = json.loads((yield Ask("auth", request.encode())) or "[]")
+        if reply[:1] == ["no"]:
+            yield Pause(self.config.auth_failure_delay)
+            return "NO [AUTHENTICATIONFAILED] Authentication failed."
+        reason = "no answer from auth"
+        if reply:
+            self.user = reply[1]
+            reason = yield Move("imap", reply[2], reply[3], self.running)
+            self.user = ""
+        self.log(f"log-in impossible: {reason}")
+        return "NO [UNAVAILABLE] Temporary failure, try again later."
+
+    def authenticate(self, mechanism: str, initial: bytes) -> Step:
+        if mechanism != "PLAIN":
+            return "NO [CANNOT] Unsupported authentication mechanism."
+        if initial:
+            return (yield from self.plain(initial.strip(b" ")))
+        self.asked = True
+        yield b"+ \r\n"
+        return ""
+
+    def continued(self, line: bytes) -> Reply:
+        self.asked = False
+        try:
+            text = yield from self.plain(line)
+        except BadCommand as error:
+            text = f"BAD {error}."
+        yield self.say(text)
+
+    def plain(self, line: bytes) -> Step:
+        try:
+            identity, user, password = base64.b64decode(line, validate=True).split(b"\0")
+        except ValueError:
+            raise BadCommand("Authentication aborted") from None
+        if identity not in (b"", user):
+            return "NO [AUTHORIZATIONFAILED] Nobody logs in for others here."
+        return (yield from self.login(user, password))
+
+    commands = CommandSession.commands | {
+        "LOGIN": Command(login, (Parser.astring, Parser.astring)),
+        "AUTHENTICATE": Command(authenticate, (Parser.atom, Parser.rest)),
+    }
+
+
+class ImapSession(CommandSession):
+    """After log-in."""
+
+    watch_dirs = ("new", "cur")
+    still_here = b"* OK Still here\r\n"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.condstore = False
+        self.own: set[int] = set()  # MODSEQs of changes that the client made and knows
+
+    def arrived(self, answer: str) -> Reply:
+        if answer:
+            yield f"{answer} OK [CAPABILITY {self.capabilities()}] Logged in\r\n".encode()
+        elif self.tag:
+            yield from self.stirred()
+
+    def freeze(self) -> list[Any]:
+        return [self.condstore, *(list(vars(self.view).values())[1:-1] if self.view else [])]
+
+    def thaw(self, state: list[Any]) -> None:
+        self.input_limit = max(self.input_limit, self.line_limit() + 1)
+        if len(state) not in (0, 1, 12):
+            raise ValueError("not an IMAP session")
+        self.condstore = bool(state and state[0])
+        self.view = View(self.home, *state[1:]) if state[1:] else None
+
+    def watch(self) -> tuple[str, tuple[int, ...]] | None:
+        return (self.view.folder(), (self.view.new, self.view.cur)) if self.view else None
+
+    @classmethod
+    def peeked(cls, tag: str, data: bytes) -> tuple[bytes, int, str] | None:
+        found = SLEEPER_INPUT.fullmatch(data)
+        if not data or not found or bool(found[1]) != bool(tag):
+            return None
+        answer = f"{tag} OK Idle completed.\r\n".encode() if tag else b""
+        if not found[2]:
+            return answer, len(data), ""
+        return answer + b"+ idling\r\n", len(data), found[2].decode()
+
+    def closed(self) -> None:
+        self.drop_upload()
+
+    def line_limit(self) -> int:
+        return int(self.config.max_line_length)
+
+    def stirred(self) -> Reply:
+        """Tell all; if the folder is changing this moment, again when its time has settled."""
+        yield from self.tell(True)
+        if self.view and (self.view.new, self.view.cur) == UNSETTLED and not self.ended:
+            yield Pause(0.025)
+            yield from self.tell(True)
+
+    def tell(self, expunges: bool) -> Reply:
+        """What is new in the selected mailbox. A busy index is asked again next time."""
+        try:
+            lines = self.view.look(expunges, self.describe) if self.view else []
+        except MailError as error:
+            yield self.bye(str(error))
+            return
+        except (OSError, sqlite3.Error) as error:
+            refusal(error)
+            return
+        self.own.clear()
+        yield from pieces("".join(lines).encode())
+
+    def describe(self, row: tuple[int, str, str, int], number: int, recent: bool) -> str:
+        """A FETCH line for changed flags; the client knows of what it has done itself."""
+        uid, flags, keywords, modseq = row
+        items = [f"UID {uid}"] if self.by_uid else []
+        items += [f"MODSEQ ({modseq})"] if self.condstore else []
+        if modseq not in self.own:
+            items.append("FLAGS " + flag_list(flags, keywords, recent))
+        elif not self.condstore:
+            return ""
+        return f"* {number} FETCH ({' '.join(items)})\r\n" if number else ""
+
+    def use_condstore(self) -> Reply:
+        """From now on MODSEQs are told (RFC 7162 3.1)."""
+        if self.view and not self.condstore:
+            yield f"* OK [HIGHESTMODSEQ {self.view.modseq}] Highest\r\n".encode()
+        self.condstore = True
+
+    def enable(self, names: bytes) -> Step:
+        if b"CONDSTORE" not in names.upper().split():
+            return "OK Enabled."
+        yield from self.use_condstore()
+        yield b"* ENABLED CONDSTORE\r\n"
+        return "OK Enabled."
+
+    def namespace(self) -> Step:
+        yield b'* NAMESPACE (("" ".")) NIL NIL\r\n'
+        return "OK Namespace completed."
+
+    def idle(self) -> Step:
+        yield b"+ idling\r\n"
+        self.tag = self.running
+        yield from self.stirred()
+        return ""
+
+    def continued(self, line: bytes) -> Reply:
+        """The end of IDLE."""
+        self.running, self.tag = self.tag, ""
+        yield from self.tell(True)
+        if not self.ended:
+            done = line.strip().upper() == b"DONE"
+            yield self.say("OK Idle completed." if done else "BAD Expected DONE.")
+
+    # Mailboxes
+
+    def select(self, name: str, condstore: bool, readonly: bool = False) -> Step:
+        if self.view:
+            self.view = None
+            yield b"* OK [CLOSED] Previous mailbox closed.\r\n"
+        self.condstore |= condstore
+        view = self.view = View.select(self.home, name, readonly)
+        lines = view.flag_lines()
+        lines += [f"* {len(view.uids)} EXISTS\r\n* {view.recents()} RECENT\r\n"]
+        query = "SELECT uid FROM message WHERE box = ? AND flags NOT LIKE '%S%' ORDER BY uid"
+        for uid, in view.query(query + " LIMIT 1"):
+            lines.append(f"* OK [UNSEEN {view.number(uid)}] First unseen.\r\n")
+        lines.append(f"* OK [UIDVALIDITY {view.uidvalidity}] UIDs valid\r\n")
+        lines.append(f"* OK [UIDNEXT {view.uidnext}] Predicted next UID\r\n")
+        lines.append(f"* OK [HIGHESTMODSEQ {view.modseq}] Highest\r\n")
+        yield "".join(lines).encode()
+        code, command = ("READ-ONLY", "Examine") if readonly else ("READ-WRITE", "Select")
+        return f"OK [{code}] {command} completed."
+
+    def create(self, name: str) -> str:
+        Index.at(self.home).create_folder(name.removesuffix("."))
+        return "OK Create completed."
+
+    def delete(self, name: str) -> str:
+        Index.at(self.home).delete_folder(name)
+        if self.view and self.view.name == name:
+            self.view = None
+        return "OK Delete completed."
+
+    def rename(self, old: str, new: str) -> str:
+        Index.at(self.home).rename_folder(old, new)
+        return "OK Rename completed."
+
+    def subscribe(self, name: str, wanted: bool = True) -> str:
+        if wanted:
+            Index.at(self.home).must_exist(name)
+        Index.at(self.home).subscribe(name, wanted)
+        return f"OK {'Subscribe' if wanted else 'Unsubscribe'} completed."
+
+    def list_names(self, reference: str, pattern: str) -> Step:
+        names = Index.at(self.home).names()
+        if not pattern:
+            yield b'* LIST (\\Noselect) "." ""\r\n'
+        for name in with_parents(names):
+            if wildcard(reference + pattern, name):
+                children = any(each.startswith(name + ".") for each in names)
+                flags = b"" if name in names else b"\\Noselect "
+                flags += b"\\HasChildren" if children else b"\\HasNoChildren"
+                yield b'* LIST (%b) "." %b\r\n' % (flags, atom_or_quoted(name))
+        return "OK List completed."
+
+    def lsub(self, reference: str, pattern: str) -> Step:
+        """A parent that isn't subscribed itself shows only where "%" hides its children."""
+        names, pattern = Index.at(self.home).subscriptions(), reference + pattern
+        for name in with_parents(names) if pattern.endswith("%") else names:
+            if wildcard(pattern, name):
+                flags = b"" if name in names else b"\\Noselect"
+                yield b'* LSUB (%b) "." %b\r\n' % (flags, atom_or_quoted(name))
+        return "OK Lsub completed."
+
+    def status(self, name: str, items: list[str]) -> Step:
+        index = Index.at(self.home)
+        box = index.refresh(index.by_name(name))[0]
+        recent = self.view.recent if self.view and self.view.id == box.id else box.recent
+        query = (
+            "SELECT count(*), ifnull(sum(uid >= ?), 0), ifnull(sum(flags NOT LIKE '%S%'), 0)"
+            " FROM message WHERE box = ?"
+        )
+        count, recent, unseen = index.db.execute(query, (recent, box.id)).fetchone()
+        values = {
+            "MESSAGES": count, "RECENT": recent, "UIDNEXT": box.uidnext, "UNSEEN": unseen,
+            "UIDVALIDITY": box.uidvalidity, "HIGHESTMODSEQ": box.modseq,
+        }
+        if unknown := set(items) - set(values):
+            raise BadCommand(f"Invalid status item {unknown.pop()}")
+        if "HIGHESTMODSEQ" in items:
+            yield from self.use_condstore()
+        text = " ".join(f"{item} {values[item]}" for item in items)
+        yield b"* STATUS %b (%b)\r\n" % (atom_or_quoted(box.name), text.encode())
+        return "OK Status completed."
+
+    def upload_for(self, line: bytes, start: int, size: int) -> Delivery | str | None:
+        parser = Parser(line)
+        try:
+            parser.must(re.compile(TAG.pattern + rb" APPEND ", re.I))
+            name, *_, begins = parser.append()
+        except BadCommand:
+            return None
+        if begins != start:
+            return None
+        try:
+            if size > self.config.mail_max_message_size:
+                raise MailError("TOOBIG", "Message is too large")
+            index = Index.at(self.home)
+            return Delivery(index.folder(index.by_name(name).name))
+        except (MailError, OSError, sqlite3.Error) as error:
+            return refusal(error).replace("NONEXISTENT", "TRYCREATE")
+
+    def append(self, arguments: tuple[str, str, list[str], float | None, int]) -> str:
+        name, flags, keywords, when, _ = arguments
+        if not isinstance(self.upload, Delivery):
+            return self.upload or "BAD Invalid arguments."
+        self.upload.finish(when)
+        box = Index.at(self.home).by_name(name)
+        uid = Index.at(self.home).append(box.id, self.upload, flags, keywords)
+        self.upload = None
+        return f"OK [APPENDUID {box.uidvalidity} {uid}] Append completed."
+
+    # With a mailbox
+
+    def unselect(self, view: View) -> str:
+        self.view = None
+        return "OK Unselect completed."
+
+    def close(self, view: View) -> str:
+        self.expunge(view)
+        self.view = None
+        return "OK Close completed."
+
+    def expunge(self, view: View, ranges: Ranges | None = None) -> str:
+        if not view.readonly:
+            uids = view.uids if ranges is None else self.pick(view, ranges)
+            view.index.expunge(view.box().id, uids, deleted_only=True)
+        return "OK Expunge completed."
+
+    def pick(self, view: View, ranges: Ranges) -> list[int]:
+        """The UIDs of a set, in order. A number that isn't there is an error, a UID isn't."""
+        uids, wanted = view.uids, set[int]()
+        last = (uids[-1] if uids else 0) if self.by_uid else len(uids)
+        for ends in ranges:
+            low, high = sorted(last if end == STAR else end for end in ends)
+            if self.by_uid:
+                first, stop = bisect.bisect_left(uids, low), bisect.bisect_right(uids, high)
+            elif 0 < low and high <= last:
+                first, stop = low - 1, high
+            else:
+                raise BadCommand("Invalid messageset")
+            wanted.update(uids[first:stop])
+        return sorted(wanted)
+
+    def batches(
+        self, view: View, uids: Sequence[int], size: int
+    ) -> Iterator[tuple[Mailbox, list[Candidate]]]:
+        """The messages that still exist, some at a time, as the index has them by then."""
+        for at in range(0, len(uids), size):
+            box, sizes = view.box(), dict[int, int]()
+            rows = view.index.picked(box.id, uids[at : at + size])
+            yield box, [Candidate(view, box, row, sizes) for row in rows]
+            if sizes:
+                view.index.keep_sizes(box.id, sizes)
+
+    def copy(self, view: View, ranges: Ranges, name: str, move: bool = False) -> Step:
+        if not (uids := self.pick(view, ranges)):
+            return "OK No messages found."
+        if move and view.readonly:
+            return "NO [READ-ONLY] Mailbox is read-only."
+        if not view.index.exists(name):
+            return f"NO [TRYCREATE] Mailbox doesn't exist: {name}."
+        target = view.index.by_name(name)
+        old, new = zip(*view.index.copy(view.box(), uids, target, move))
+        code = f"OK [COPYUID {target.uidvalidity} {compact_set(old)} {compact_set(new)}]"
+        if not move:
+            return f"{code} Copy completed."
+        yield f"* {code} Moved UIDs.\r\n".encode()
+        return "OK Move completed."
+
+    def store(
+        self, view: View, ranges: Ranges, change: tuple[str, bool, int, str, list[str]]
+    ) -> Step:
+        how, silent, since, flags, keywords = change
+        uids, refused = self.pick(view, ranges), list[int]()
+        if view.readonly:
+            return "NO [READ-ONLY] Mailbox is read-only."
+        if since < 2**63:
+            yield from self.use_condstore()
+        if silent:  # what others changed before would be hidden with our own change
+            yield from self.tell(False)
+        for at in range(0, len(uids), BATCH):
+            part = uids[at : at + BATCH]
+            modseq, left = view.index.store(view.box().id, part, how, flags, keywords, since)
+            refused += left if self.by_uid else [view.number(uid) for uid in left]
+            self.own.update([modseq] * silent)
+            yield b""  # the worker's other sessions have a turn
+        if refused:
+            return f"OK [MODIFIED {compact_set(refused)}] Conditional store failed."
+        return "OK Store completed."
+
+    def search(self, view: View, wanted: tuple[Key, bool]) -> Step:
+        key, modseqs = wanted
+        if modseqs:
+            yield from self.use_condstore()
+        found, highest = [""], 0
+        for _, messages in self.batches(view, view.uids, BATCH if key.cost < 2 else BATCH_READ):
+            for message in messages:
+                with contextlib.suppress(Vanished):
+                    if key.test(message):
+                        found.append(str(message.row.uid if self.by_uid else message.number))
+                        highest = max(highest, message.row.modseq)
+            yield b""
+        more = f" (MODSEQ {highest})" if modseqs and highest else ""
+        yield f"* SEARCH{' '.join(found)}{more}\r\n".encode()
+        return "OK Search completed."
+
+    def fetch(self, view: View, ranges: Ranges, wanted: tuple[list[Item], int]) -> Step:
+        items, since = wanted
+        uids = self.pick(view, ranges)
+        items = [Item(b"UID", b"UID")] * self.by_uid + items
+        items += [Item(b"MODSEQ", b"MODSEQ")] * (since >= 0)
+        if any(item.kind == b"MODSEQ" for item in items):
+            yield from self.use_condstore()
+        size, there = BATCH if all(item.kind in INDEXED for item in items) else BATCH_READ, 0
+        for box, messages in self.batches(view, uids, size):
+            chunk = b""
+            for message in self.mark_seen(view, box, messages, items):
+                try:
+                    for part in self.fetched(message, items) if message.row.modseq > since else ():
+                        chunk += part
+                        if len(chunk) > 32768:
+                            yield from pieces(chunk)
+                            chunk = b""
+                    there += 1
+                except Vanished:
+                    pass
+            yield chunk
+        if there < len(uids):
+            return "OK [EXPUNGEISSUED] Some messages were already expunged."
+        return "OK Fetch completed."
+
+    def mark_seen(
+        self, view: View, box: Mailbox, messages: list[Candidate], items: list[Item]
+    ) -> list[Candidate]:
+        unseen = [each.row.uid for each in messages if "S" not in each.row.flags]
+        if view.readonly or not unseen or not any(item.seen for item in items):
+            return messages
+        self.own.add(view.index.store(box.id, unseen, "+", "S")[0])
+        rows = view.index.picked(box.id, [each.row.uid for each in messages])
+        return [Candidate(view, box, row, messages[0].sizes) for row in rows]
+
+    def fetched(self, message: Candidate, items: list[Item]) -> Iterator[bytes]:
+        """The answer, first what the index knows, as Dovecot orders it. Nothing is yielded before
+        the message is there for the rest, and never more than an item is in memory."""
+        if message.row.modseq in self.own:  # by mark_seen(): tell the flags here
+            items = [*items, Item(b"FLAGS", b"FLAGS")]
+        items = list(dict.fromkeys(items))
+        values = [message.value(item) for item in items if item.kind in INDEXED]
+        items = [item for item in items if item.kind not in INDEXED]
+        if items:
+            message.message  # noqa: B018
+        yield b"* %d FETCH (%b" % (message.number, b" ".join(values))
+        for item in items:
+            yield b" " * bool(values or item is not items[0]) + message.value(item)
+        yield b")\r\n"
+
+    commands = CommandSession.commands | {
+        "ENABLE": Command(enable, (Parser.rest,)),
+        "NAMESPACE": Command(namespace),
+        "IDLE": Command(idle),
+        "SELECT": Command(select, (Parser.mailbox, Parser.condstore)),
+        "EXAMINE": Command(partial(select, readonly=True), (Parser.mailbox, Parser.condstore)),
+        "CREATE": Command(create, (Parser.mailbox,)),
+        "DELETE": Command(delete, (Parser.mailbox,)),
+        "RENAME": Command(rename, (Parser.mailbox, Parser.mailbox)),
+        "SUBSCRIBE": Command(subscribe, (Parser.mailbox,)),
+        "UNSUBSCRIBE": Command(partial(subscribe, wanted=False), (Parser.mailbox,)),
+        "LIST": Command(list_names, (Parser.mailbox, Parser.pattern)),
+        "LSUB": Command(lsub, (Parser.mailbox, Parser.pattern)),
+        "STATUS": Command(status, (Parser.mailbox, Parser.words), tells=True),
+        "APPEND": Command(append, (Parser.append,), tells=True),
+        "CHECK": Command(CommandSession.noop, (), True, True),
+        "CLOSE": Command(close, (), True),
+        "UNSELECT": Command(unselect, (), True),
+        "EXPUNGE": Command(expunge, (), True, True),
+        "UID EXPUNGE": Command(expunge, (Parser.sequence,), True, True),
+        "SEARCH": Command(search, (Parser.search,), True, False),
+        "FETCH": Command(fetch, (Parser.sequence, Parser.fetch), True, False),
+        "STORE": Command(store, (Parser.sequence, Parser.store), True, False),
+        "COPY": Command(copy, (Parser.sequence, Parser.mailbox), True, True),
+        "MOVE": Command(partial(copy, move=True), (Parser.sequence, Parser.mailbox), True, True),
+    }
+    for name in ("SEARCH", "FETCH", "STORE", "COPY", "MOVE"):
+        commands["UID " + name] = commands[name]._replace(tells=True)
+# ------------------------------------------------------------------------------------------------
+# 11  Command line
+#
+# `run` starts a server in the foreground; every other command asks the master's control socket,
+# or does its work by itself. Standard output carries only what other programs may read.
+# ------------------------------------------------------------------------------------------------
+
+USAGE = """\
+usage: hibernate.py [-c FILE] [COMMAND]
+
+Without a command: serve in the foreground.
+
+commands:
+  status            processes, sessions, room, refusals and wakes   [--json]
+  who               one line a session: user, where, since when     [--json]
+  kick USER         end all sessions of a user
+  reload            check the file, then go on with new code and settings
+  stop              end all sessions and the server
+  deliver USER      put the message on standard input into the user's INBOX
+  passwd [SCHEME]   read a password, print a line for the passwd-file (SSHA512, PBKDF2, PLAIN)
+
+options:
+  -c FILE           configuration; default: hibernate.conf, or none if that does not exist
+  -n                print the settings that differ from their defaults
+  --check           read the configuration, print what is wrong with it, start nothing
+  --json            for status and who: one JSON object a line
+  --help, --version
+"""
+
+PROGRAM = Program(
+    "hibernate",
+    roles=(
+        Role(
+            "imap-login", LoginSession, ("1000", "4", "1", "60 s"), sheds=True, unit="pre-login",
+            listener="imap", port=1143,
+        ),
+        Role("auth", AuthSession, ("1000", "2", "1", "60 s"), requests=True, trusted=True, unit=""),
+        Role("imap", ImapSession, ("100", "8", "1", "60 s"), keeper="imap-hibernate", trusted=True),
+        Role("imap-hibernate", ImapSession, ("19000", "64", "0", "60 s"), wakes="imap"),
+    ),
+    settings=(
+        Setting("mail_location", "string", "maildir:mail/%u", "%u user, %n before @, %d after"),
+        Setting("passwd_file", "path", "users", "lines user:{SCHEME}password"),
+        Setting("auth_failure_delay", "time", "2 s", "before a wrong password is answered"),
+        Setting("@max_line_length", "size", "64 k", "longest command line"),
+        Setting("mail_max_message_size", "size", "50 M", "largest message of an APPEND"),
+    ),
+    prefix="imap_",
+)  # fmt: skip
+
+
+def home_of(config: Config, user: str) -> str:
+    """Where mail_location puts the user's Maildir; ValueError for a name that could leave it."""
+    if not re.fullmatch(r"[\w@+=-][\w.@+=-]{0,127}", user, re.ASCII) or ".." in user:
+        raise ValueError(f"{user!r} is not a user name")
+    name, _, domain = user.partition("@")
+    values = {"u": user, "n": name, "d": domain, "%": "%"}
+    path = re.sub("%(.)", lambda m: values.get(m[1], m[0]), config.mail_location)
+    return os.path.normpath(os.path.join(config.folder, path.removeprefix("maildir:")))
+
+
+class Usage(Exception):
+    """Exit 64 (EX_USAGE)."""
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("-c", dest="file")
+    parser.add_argument("-n", dest="dump", action="store_true")
+    for flag in ("--check", "--json", "--help", "--version"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--title-room")  # see pad_arguments()
+    parser.add_argument("command", nargs="?", default="run")
+    parser.add_argument("operand", nargs="?", default="")
+    try:
+        options, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise Usage(str(error)) from None
+    if rest:
+        raise Usage(f"unexpected {rest[0]!r}")
+    takes = {"kick": True, "deliver": True, "passwd": None}.get(options.command, False)
+    if options.command not in (
+        "run", "status", "who", "kick", "reload", "stop", "deliver", "passwd",
+    ):  # fmt: skip
+        raise Usage(f"unknown command {options.command!r}")
+    if takes is not None and takes != bool(options.operand):
+        raise Usage(f"{options.command} {'needs a USER' if takes else 'takes no operand'}")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns the exit status of sysexits(3)."""
+    try:
+        options = parse_arguments(arguments)
+        if options.help:
+            print(USAGE, end="")
+        elif options.version:
+            print(f"hibernate.py {__version__}")
+        elif options.command == "passwd":
+            return make_password(options.operand or "SSHA512")
+        else:
+            return with_config(options, load_config(options.file))
+        return 0
+    except Usage as error:
+        print(f"hibernate.py: {error}\n\n{USAGE}", end="", file=sys.stderr)
+        return 64
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 78
+    except PermissionError as error:
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+        return 77
+    except (Unavailable, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 69
+
+
+def load_config(file: str | None) -> Config:
+    if file is None and os.path.exists("hibernate.conf"):
+        file = "hibernate.conf"
+    try:
+        config = Config(PROGRAM, file or "")
+        if not config.mail_location.startswith("maildir:"):
+            config.fail(config.lines["mail_location"], "mail_location: only maildir:PATH is known")
+        return config
+    except OSError as error:
+        raise ConfigError(f"{file}:0: {error.strerror}") from None
+
+
+def with_config(options: argparse.Namespace, config: Config) -> int:
+    if options.dump:
+        print(f"# {__version__}: {config.path or 'no configuration'}")
+        for line in dump(config):
+            print(line)
+        return 0
+    if options.check:
+        return 0
+    if options.command == "deliver":
+        return deliver_message(config, options.operand)
+    if options.command == "run":
+        return serve(config)
+    return control(config, options)
+
+
+def dump(config: Config) -> Iterator[str]:
+    """What differs from the defaults, as the parser reads it."""
+
+    def changed(section: Section, indent: str) -> list[str]:
+        rows = ((key, section.rows[key], text) for key, text in section.texts.items())
+        return [
+            f"{indent}{key} = {written(text)}"
+            for key, row, text in rows if read(row.kind, text) != read(row.kind, row.default)
+        ]  # fmt: skip
+
+    yield from changed(config, "")
+    for name, service in config.services.items():
+        lines = changed(service, "  ")
+        for listener, section in config.listeners[name].items():
+            if inner := changed(section, "    "):
+                lines += [f"  inet_listener {listener} {{", *inner, "  }"]
+        if lines:
+            yield from (f"service {name} {{", *lines, "}")
+
+
+def written(text: str) -> str:
+    if text and not re.search(r"""[#"'\\]|^\s|\s$""", text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def serve(config: Config) -> int:
+    pad_arguments()
+    os.umask(0o077)
+    open_log(config.log_path)
+    first = INHERIT not in os.environ
+    lines = [] if config.path or not first else make_demo(config)
+    if not config.path:
+        config.values["passwd_file"] = config.inbox("demo-users")
+
+    def ready(master: Master) -> None:
+        for pool in master.pools:
+            names = config.listeners[pool.role.name]
+            for name, group in zip(names, pool.listeners):
+                host, port = group[0].getsockname()[:2]
+                host = f"[{host}]" if ":" in host else host
+                print(f"listening {name} {host}:{port}")
+        print(*lines, "ready", sep="\n", flush=True)
+
+    Master(config, ready if first else None).run()
+    return 0
+
+
+def open_log(path: str) -> None:
+    handler = WatchedFileHandler(path) if path else logging.StreamHandler()
+    layout = "%(asctime)s %(processName)s[%(process)d] %(levelname)s %(message)s"
+    handler.setFormatter(logging.Formatter(layout))
+    multiprocessing.current_process().name = "master"
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def pad_arguments() -> None:
+    """Titles are written over the arguments: with too little room, start once more with some."""
+    room = sum(len(word) + 1 for word in sys.orig_argv)
+    if room < 80 and os.path.exists("/proc/self/stat"):
+        padding = "--title-room=" + "." * 80
+        os.execv(sys.executable, [*sys.orig_argv, padding])
+
+
+def make_demo(config: Config) -> list[str]:
+    """Without a configuration: a user with a password made up now, and a message to read."""
+    password = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(16))
+    os.makedirs(config.base_dir, 0o700, exist_ok=True)
+    with open(config.inbox("demo-users"), "w", encoding="ascii") as file:
+        file.write(f"demo:{encode_password('SSHA512', password)}\n")
+    home = home_of(config, "demo")
+    if not os.path.exists(home):
+        text = WELCOME.format(date=email.utils.formatdate(localtime=True))
+        deliver(home, io.BytesIO(text.replace("\n", "\r\n").encode()))
+    return ["user: demo", f"password: {password}"]
+
+
+WELCOME = """\
+From: hibernate.py <hibernate@localhost>
+To: demo <demo@localhost>
+Subject: Welcome
+Date: {date}
+Message-ID: <welcome@localhost>
+
+Your session is awake. Send IDLE, wait half a minute, and it sleeps in imap-hibernate;
+deliver a message to this Maildir, or send DONE, and it wakes.
+"""
+
+
+def make_password(scheme: str) -> int:
+    password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+    try:
+        print(encode_password(scheme, password))
+    except ValueError as error:
+        raise Usage(str(error)) from None
+    return 0
+
+
+def deliver_message(config: Config, user: str) -> int:
+    os.umask(0o077)
+    try:
+        deliver(home_of(config, user), sys.stdin.buffer)
+    except ValueError as error:
+        raise Usage(str(error)) from None
+    except OSError as error:
+        print(f"deliver: {error}", file=sys.stderr)
+        return 77 if isinstance(error, PermissionError) else 75
+    return 0
+
+
+def control(config: Config, options: argparse.Namespace) -> int:
+    """Send one command to the master, print what comes back until the connection's end."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.settimeout(10)
+    try:
+        sock.connect(config.inbox("master"))
+    except (FileNotFoundError, ConnectionRefusedError):
+        print(f"hibernate is not running in {config.base_dir}", file=sys.stderr)
+        return 75
+    sock.send(f"{options.command} {options.operand}".strip().encode())
+    text = b""
+    with contextlib.suppress(TimeoutError):
+        while data := sock.recv(1 << 20):
+            text += data
+    if options.command in ("reload", "stop"):
+        print(text.decode(), end="\n" if text else "")
+        return 78 if text.startswith(b"refused") else 0
+    rows = [json.loads(line) for line in text.splitlines()]
+    if options.json:
+        for row in rows:
+            print(json.dumps(row))
+    elif options.command == "kick":
+        print(f"{sum(row['kicked'] for row in rows)} sessions ended")
+    else:
+        for row in rows:
+            print(show_row(row))
+    return 0
+
+
+def show_row(row: dict[str, Any]) -> str:
+    if "user" in row:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["since"]))
+        user = row["user"] or "-"
+        return f"{user} {row['service']} {row['pid']} {row['remote']} {since} {row['session']}"
+    return " ".join(f"{key}={value}" for key, value in row.items() if value not in ({}, None))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

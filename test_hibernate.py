@@ -1,0 +1,2443 @@
+#!/usr/bin/env python3
+"""Tests and figures of hibernate.py: real processes, real sockets, transcripts.
+
+    python3 -m pytest -q test_hibernate.py          the tests
+    python3 test_hibernate.py bench --sessions 1000 the figures; bench --help tells the rest
+
+The order: 1 harness, 2 without a server (tables, the model of a hand-over), 3 the life of a
+session, 4 many sessions, 5 listeners, 6 IMAP, 7 commands and configuration, 8 bad input,
+9 the benchmark. Every server runs in a directory and on a port of its own; nothing sleeps.
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import base64
+import collections
+import contextlib
+import ctypes
+import doctest
+import imaplib
+import importlib.util
+import itertools
+import json
+import mailbox
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+try:
+    import pytest
+except ImportError:  # the benchmark needs none
+    pytest = None
+
+HERE = Path(__file__).resolve().parent
+PROGRAM = HERE / "hibernate.py"
+PATIENCE = 20.0  # seconds before a test gives up; only failures ever wait that long
+
+# ------------------------------------------------------------------------------------------------
+# 1  Harness
+# ------------------------------------------------------------------------------------------------
+
+
+def eventually(condition, deadline=PATIENCE, what=""):
+    """Wait until `condition()` is true and return its value; it is looked at all the time."""
+    end = time.monotonic() + deadline
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {deadline} s: {what or condition}")
+        select.select((), (), (), 0.02)
+
+
+def processes(session):
+    """{pid: title} of the live processes of one kernel session: a server and all it ever forked."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                fields = Path("/proc", entry, "stat").read_bytes().rpartition(b") ")[2].split()
+                if int(fields[3]) == session and fields[0] not in b"ZX":
+                    line = Path("/proc", entry, "cmdline").read_bytes()
+                    found[int(entry)] = line.replace(b"\0", b" ").decode(errors="replace").strip()
+    return found
+
+
+class Server:
+    """hibernate.py as a process of its own, below a directory of its own.
+
+    `settings` are lines added to a quick-witted configuration. The log must stay free of
+    tracebacks and of errors, except for lines that match `allow`.
+    """
+
+    live: list[Server] = []
+    loud = True  # in a test: the log is printed, for pytest to show, and must be free of errors
+    brand = "hibernate"
+    password = "secret"
+
+    def __init__(self, settings="", users=("alice", "bob"), allow="(?!)", listener="port = 0"):
+        self.dir = Path(tempfile.mkdtemp(prefix="hb-", dir="/tmp"))
+        self.users, self.allow, self.process, self.port = users, allow, None, 0
+        self.log_file = self.dir / "log"
+        self.configuration = self.dir / "hibernate.conf"
+        self.configure(settings, listener)
+        self.start()
+
+    def configure(self, settings, listener):
+        entries = "".join(f"{user}:{{PLAIN}}{self.password}\n" for user in self.users)
+        (self.dir / "users").write_text(entries)
+        self.configuration.write_text(
+            "imap_hibernate_timeout = 100 msecs\nauth_failure_delay = 300 msecs\n"
+            f"service imap-login {{\n inet_listener imap {{\n {listener}\n }}\n}}\n{settings}\n"
+        )
+
+    def command(self):
+        return [sys.executable, str(PROGRAM), "-c", str(self.configuration)]
+
+    def start(self):
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command(), cwd=self.dir, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=log, start_new_session=True,
+            )
+        Server.live.append(self)
+        try:
+            self.said = self.wait_ready()
+        except BaseException:
+            self.kill()
+            raise
+
+    def wait_ready(self):
+        """The lines of standard output up to `ready`; the first names the port."""
+        said, end = b"", time.monotonic() + PATIENCE
+        while not said.endswith(b"ready\n"):
+            readable = select.select([self.process.stdout], (), (), end - time.monotonic())[0]
+            data = os.read(self.process.stdout.fileno(), 4096) if readable else b""
+            assert data, f"no 'ready' but {said!r}; the log:\n{self.log()}"
+            said += data
+        lines = said.decode().splitlines()
+        self.port = int(lines[0].rpartition(":")[2])
+        return lines
+
+    def log(self):
+        return self.log_file.read_text(errors="replace")
+
+    def errors(self):
+        lines = self.log().splitlines()
+        bad = [x for x in lines if re.search(r"Traceback|\b(ERROR|CRITICAL|Error:)", x)]
+        return [x for x in bad if not re.search(self.allow, x)]
+
+    def processes(self):
+        return processes(self.process.pid)
+
+    def titles(self, service=""):
+        """Titles as `ps` shows them; `service` picks those of one service."""
+        found = sorted(self.processes().values())
+        return [x for x in found if re.match(rf"{self.brand}/{service or '.*'}( |$)", x)]
+
+    def pids(self, service):
+        pattern = rf"{self.brand}/{service}( |$)"
+        return [pid for pid, title in self.processes().items() if re.match(pattern, title)]
+
+    def count(self, service):
+        """How many clients the processes of `service` hold, by their titles."""
+        numbers = (re.search(r"\[(\d+) ", title) for title in self.titles(service))
+        return sum(int(number[1]) for number in numbers if number)
+
+    def asleep(self):
+        return self.count("imap-hibernate")
+
+    def run(self, *arguments, input=None):
+        """The command line on this server: the finished process, with bytes."""
+        return subprocess.run(
+            [*self.command(), *arguments], cwd=self.dir, input=input, capture_output=True,
+            timeout=PATIENCE,
+        )
+
+    def control(self, *arguments):
+        """What a command prints with --json, parsed: a list of objects, one a line."""
+        done = self.run(*arguments, "--json")
+        assert done.returncode == 0, (done, self.log())
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def who(self, service=""):
+        """The rows of `who --json`, asked for as the command line does, without its start-up."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.settimeout(PATIENCE)
+            sock.connect(str(self.dir / "hibernate.run" / "master"))
+            sock.send(b"who")
+            text = b"".join(iter(lambda: sock.recv(1 << 20), b""))
+        rows = [json.loads(line) for line in text.splitlines()]
+        return [row for row in rows if not service or row["service"] == service]
+
+    def home(self, user):
+        return self.dir / "mail" / user
+
+    def owner(self, user):
+        """(uid, gid) of the user's mail, None if they are the server's own."""
+
+    def maildir(self, user):
+        """The user's Maildir for Python's own `mailbox`, made if it is not there yet."""
+        self.home(user).parent.mkdir(exist_ok=True)
+        return mailbox.Maildir(self.home(user), create=True)
+
+    def kill(self):
+        for pid in processes(self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(PATIENCE)
+        Server.live.remove(self)
+
+    def stop(self, number=signal.SIGTERM):
+        """End the server and hold it to what every end must leave: nothing, and a clean log."""
+        self.process.send_signal(number)
+        try:
+            self.process.wait(PATIENCE)
+            eventually(lambda: not self.processes(), 5, f"all gone: {self.processes()}")
+        except BaseException:
+            self.kill()
+            raise
+        Server.live.remove(self)
+        assert self.process.returncode == 0, (self.process.returncode, self.log())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            if self in Server.live:
+                self.kill() if kind else self.stop()
+            if self.loud:
+                print(self.log()[-6000:])
+                assert kind or not self.errors(), self.log()
+        finally:
+            self.process.stdout.close()
+            shutil.rmtree(self.dir, ignore_errors=True)
+
+
+class Imap:
+    """A raw client: it says lines and reads lines, and every wait has an end."""
+
+    def __init__(self, server, user="", greeting=True):
+        port = server if isinstance(server, int) else server.port
+        self.socket = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        self.input, self.tags = bytearray(), (f"a{n}" for n in itertools.count(1))
+        self.sent = self.heard = 0
+        if greeting:
+            self.greeting = self.line()
+        if user:
+            self.cmd(f"LOGIN {user} {server.password}")
+
+    def send(self, data):
+        data = data if isinstance(data, bytes) else data.encode()
+        self.sent += len(data)
+        self.socket.sendall(data)
+
+    def fill(self, end):
+        self.socket.settimeout(max(end - time.monotonic(), 0.001))
+        data = self.socket.recv(65536)
+        if not data:
+            raise EOFError(f"the server hung up after {self.input!r}")
+        self.input += data
+        self.heard += len(data)
+
+    def line(self, deadline=PATIENCE):
+        """The next line, literals included, without its CRLF."""
+        end, start = time.monotonic() + deadline, 0
+        while True:
+            while (stop := self.input.find(b"\r\n", start)) < 0:
+                self.fill(end)
+            literal = re.search(rb"\{(\d+)\}$", self.input[max(start, stop - 12) : stop])
+            if not literal:
+                line = self.input[:stop].decode("utf-8", "surrogateescape")
+                del self.input[: stop + 2]
+                return line
+            start = stop + 2 + int(literal[1])
+            while len(self.input) < start:
+                self.fill(end)
+
+    def until(self, pattern, deadline=PATIENCE):
+        """All lines up to the first that matches."""
+        lines, end = [], time.monotonic() + deadline
+        while not lines or not re.search(pattern, lines[-1], re.DOTALL):
+            try:
+                lines.append(self.line(end - time.monotonic()))
+            except (TimeoutError, EOFError) as error:
+                raise AssertionError(f"no {pattern!r} but {lines!r}, then {error!r}") from None
+        return lines
+
+    def cmd(self, text, expect="OK", literal=None):
+        """Say one command; its lines up to the tagged one, in which `expect` must follow."""
+        tag = next(self.tags)
+        self.send(f"{tag} {text}" + (f" {{{len(literal)}}}\r\n" if literal else "\r\n"))
+        if literal:
+            self.until(r"^\+ ")
+            self.send(literal + b"\r\n")
+        lines = self.until(rf"^{tag} ")
+        assert re.match(f"{tag} ({expect})", lines[-1]), (text, lines)
+        return lines
+
+    def idle(self):
+        tag = next(self.tags)
+        self.send(f"{tag} IDLE\r\n")
+        self.until(r"^\+ ")
+        return tag
+
+    def done(self, tag):
+        self.send("DONE\r\n")
+        lines = self.until(rf"^{tag} ")
+        assert lines[-1].startswith(f"{tag} OK"), lines
+        return lines
+
+    def ended(self, deadline=PATIENCE):
+        """What is still said until the server closes, which it must."""
+        end = time.monotonic() + deadline
+        try:
+            while True:
+                self.fill(end)
+        except (EOFError, ConnectionResetError):
+            return self.input.decode("utf-8", "surrogateescape")
+
+    def silent(self):
+        """True if nothing has been said that is not read yet."""
+        return not self.input and not select.select([self.socket], (), (), 0)[0]
+
+    def close(self):
+        self.socket.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def message(subject="hello", body="Well met.\r\n", sender="carol@example.org"):
+    return (
+        f"From: {sender}\r\nTo: alice@example.org\r\nSubject: {subject}\r\n"
+        "Date: Mon, 7 Feb 1994 21:52:25 -0800\r\nMessage-ID: <m@example.org>\r\n"
+        f"\r\n{body}"
+    ).encode()
+
+
+def deliver_by_hand(home, data=None, owner=None):
+    """A message as any delivery agent leaves it: written to tmp/, renamed into new/."""
+    name = f"{time.time_ns()}.P{os.getpid()}.example"
+    path = Path(home, "tmp", name)
+    path.write_bytes(data or message())
+    if owner:
+        os.chown(path, *owner)
+    path.rename(Path(home, "new", name))
+    return name
+
+
+# ------------------------------------------------------------------------------------------------
+# 2  Without a server: the model of a hand-over, the engine's independence
+# ------------------------------------------------------------------------------------------------
+
+def fixture(*arguments, **options):
+    """pytest.fixture, or nothing where only the benchmark runs."""
+    return pytest.fixture(*arguments, **options) if pytest else lambda function: function
+
+
+def table(names, rows):
+    return pytest.mark.parametrize(names, rows) if pytest else lambda function: function
+
+
+@fixture(autouse=True)
+def logs_of_a_failure():
+    """pytest shows what is printed here if the test has failed."""
+    yield
+    for server in Server.live:
+        print(server.log()[-4000:])
+
+
+@fixture(scope="module")
+def hibernate():
+    """The file as a module, as a project that copied it would have it."""
+    spec = importlib.util.spec_from_file_location("hibernate", PROGRAM)
+    module = sys.modules["hibernate"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# One attempt of a hand-over as both sides see it: the receiver's phase, the messages not yet read
+# by either side, and who has closed the channel. `reset`: closed with a "+" unread, of which Linux
+# tells the receiver before it delivers what was sent earlier.
+Attempt = collections.namedtuple("Attempt", "receiver to_receiver to_sender closed reset")
+World = collections.namedtuple("World", "sender attempts open faulty")
+
+
+def owners(world):
+    held = [a.receiver == "owner" for a in world.attempts]
+    in_flight = [a.receiver == "held" and "!" in a.to_receiver for a in world.attempts]
+    return (world.sender in ("owner", "asked")) + sum(held) + sum(in_flight)
+
+
+def copies(world):
+    received = [a.receiver in ("owner", "held") for a in world.attempts]
+    waiting = [a.receiver == "none" and "record" in a.to_receiver for a in world.attempts]
+    return (world.sender in ("owner", "asked", "gave")) + sum(received) + sum(waiting)
+
+
+def sender_steps(world, commit):
+    """(kind, world) for all that the sender may do next, dying included."""
+    last = world.attempts[-1] if world.attempts else None
+
+    def put(sender, **changes):
+        rest = world.attempts[:-1] + (last._replace(**changes),) if changes else world.attempts
+        return world._replace(sender=sender, attempts=rest)
+
+    hang_up = {"closed": (last.closed + "s"), "reset": bool(last.to_sender)} if last else {}
+    if world.sender == "owner" and len(world.attempts) < 2:
+        fresh = Attempt("none", ("record",), (), "", False)
+        yield "step", world._replace(sender="asked", attempts=world.attempts + (fresh,))
+    if world.sender == "asked":
+        yield "timeout", put("owner", **hang_up)
+        clean = {"closed": last.closed + "s", "to_sender": ()}
+        if last.to_sender == ("+",) and commit == "!":
+            if "r" in last.closed:
+                yield "step", put("owner", **clean)
+            else:
+                yield "step", put("gave", to_sender=(), to_receiver=last.to_receiver + ("!",))
+        elif last.to_sender == ("+",):
+            yield "step", put("gave", to_sender=())
+        elif last.to_sender or "r" in last.closed:
+            yield "step", put("owner", **clean)
+    if world.sender == "gave":
+        yield "step", put("gone", closed=last.closed + "s")
+    if world.sender not in ("dead", "gone"):
+        yield "death", put("dead", **(hang_up if last and "s" not in last.closed else {}))
+
+
+def receiver_steps(world, number, commit):
+    """The same for the receiver of one attempt. What it closes, it never opens again."""
+    now = world.attempts[number]
+
+    def put(**changes):
+        attempts = list(world.attempts)
+        attempts[number] = now._replace(**changes)
+        return world._replace(attempts=tuple(attempts))
+
+    over = {"closed": now.closed + "r", "to_receiver": ()}
+    if now.receiver == "none":
+        if "s" in now.closed:  # its "+" can't be sent
+            yield "step", put(receiver="gone", **over)
+        else:
+            yield "step", put(receiver="held", to_receiver=(), to_sender=("+",))
+            yield "step", put(receiver="gone", to_sender=("-full",), **over)
+    if now.receiver == "held":
+        yield "timeout", put(receiver="gone", **over)._replace(open=False)
+        if now.reset or ("s" in now.closed and not now.to_receiver):
+            yield "step", put(receiver="owner" if commit == "end" else "gone", **over)
+        elif now.to_receiver:
+            yield "step", put(receiver="owner", **over)
+    if now.receiver in ("none", "held", "owner"):
+        yield "death", put(receiver="dead", **over)
+
+
+def violations(commit):
+    """Walk all interleavings of sender, receivers, deaths, timeouts and (by not moving) stops."""
+    start = World("owner", (), True, False)
+    seen, todo, found = {start}, [start], set()
+    while todo:
+        world = todo.pop()
+        steps = list(sender_steps(world, commit))
+        for number in range(len(world.attempts)):
+            steps += receiver_steps(world, number, commit)
+        if world.open and owners(world) > 1:
+            found.add("two owners")
+        if all(kind == "death" for kind, _ in steps):  # all that could happen by itself has
+            if world.open and copies(world) and not owners(world):
+                found.add("no owner, but the connection is open")
+            if not world.faulty and not (world.open and owners(world) == 1):
+                found.add("lost without a fault")
+        for kind, following in steps:
+            following = following._replace(faulty=world.faulty or kind != "step")
+            if following not in seen:
+                seen.add(following)
+                todo.append(following)
+    return found, len(seen)
+
+
+def test_the_hand_over_has_one_owner_in_every_interleaving():
+    found, worlds = violations("!")
+    assert not found and worlds > 100
+
+
+def test_the_end_of_the_channel_as_the_commit_would_make_two_owners():
+    assert "two owners" in violations("end")[0]
+
+
+def part_lines():
+    """{number: line} of the comment rules that open the parts of the file."""
+    rows = PROGRAM.read_text().splitlines()
+    rules = (re.match(r"# (\d+)  \w", row) for row in rows)
+    return {int(rule[1]): line for line, rule in enumerate(rules, 1) if rule}
+
+
+def test_the_engine_names_no_protocol():
+    parts = part_lines()
+    found = []
+    for node in ast.walk(ast.parse(PROGRAM.read_text())):
+        if parts[1] <= getattr(node, "lineno", 0) < parts[8]:
+            texts = [value for _, value in ast.iter_fields(node) if isinstance(value, str)]
+            found += [(node.lineno, text) for text in texts if "imap" in text.lower()]
+    assert not found
+
+
+def test_the_examples_in_docstrings_hold(hibernate):
+    assert doctest.testmod(hibernate).failed == 0
+
+
+def test_the_file_has_its_eleven_parts_and_no_overlong_line():
+    assert list(part_lines()) == list(range(1, 12))
+    assert max(map(len, PROGRAM.read_text().splitlines())) <= 100
+
+
+# ------------------------------------------------------------------------------------------------
+# 3  The life of a session
+# ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def the_default_port():
+    """Port 1143 is the only fixed one; of the suites on this machine one at a time may have it."""
+    with socket.socket(socket.AF_UNIX) as lock:
+        eventually(lambda: not bind_error(lock, "\0hibernate-test-1143"), 60, "the other suite")
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if bind_error(probe, ("127.0.0.1", 1143)):
+                pytest.skip("port 1143 is in use on this machine")
+        yield
+
+
+def bind_error(sock, address):
+    try:
+        sock.bind(address)
+    except OSError as error:
+        return error.errno
+    return 0
+
+
+class Clone(Server):
+    """A fresh clone: the program and its .gitignore, started without any configuration."""
+
+    def configure(self, settings, listener):
+        self.outside = Path(tempfile.mkdtemp(prefix="hb-", dir="/tmp"))
+        shutil.copy(PROGRAM, self.dir)
+        shutil.copy(HERE / ".gitignore", self.dir)
+        self.log_file = self.outside / "log"
+
+    def git(self, *arguments):
+        who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        done = subprocess.run(
+            ["git", *who, *arguments], cwd=self.dir, capture_output=True, check=True, timeout=9,
+        )
+        return done.stdout
+
+    def command(self):
+        return [sys.executable, "hibernate.py"]
+
+    def wait_ready(self):
+        said = super().wait_ready()
+        self.password = said[2].partition(": ")[2]
+        return said
+
+    def __exit__(self, *error):
+        try:
+            super().__exit__(*error)
+        finally:
+            shutil.rmtree(self.outside, ignore_errors=True)
+
+
+def test_without_a_configuration_it_serves_a_demo_user_and_leaves_nothing_git_would_see():
+    with the_default_port(), Clone() as server:
+        assert server.said[:2] == ["listening imap 127.0.0.1:1143", "user: demo"]
+        assert re.fullmatch(r"password: [A-Za-z0-9]{8,}", server.said[2])
+        assert server.said[3:] == ["ready"]
+        with Imap(server) as client:
+            assert client.greeting.startswith("* OK")
+            client.cmd(f"LOGIN demo {server.password}")
+            assert "* 1 EXISTS" in client.cmd("SELECT INBOX")
+            [fetched, _] = client.cmd("FETCH 1 BODY[]")
+            assert re.search(r"(?i)subject: .*welcome|welcome", fetched)
+        assert server.control("status")
+        server.git("init", "-q")
+        server.git("add", "-A")
+        server.git("commit", "-qm", "clone")
+        assert server.git("status", "--porcelain", "--untracked-files=all") == b""
+        assert server.git("ls-files").split() == [b".gitignore", b"hibernate.py"]
+        assert server.process.poll() is None
+        server.stop(signal.SIGINT)
+        first = server.password
+        server.process.stdout.close()
+        server.start()
+        assert server.password != first
+        with Imap(server, "demo") as client:
+            assert "* 1 EXISTS" in client.cmd("SELECT INBOX")
+
+
+def test_it_is_ready_within_a_second():
+    best = min(ready_after() for _ in range(3))
+    assert best < 1.0
+
+
+def ready_after():
+    start = time.monotonic()
+    with Server():
+        return time.monotonic() - start
+
+
+def test_ctrl_c_says_bye_to_all_and_the_next_start_finds_nothing_in_its_way():
+    with Server() as server:
+        before_login, awake, asleep = Imap(server), Imap(server, "alice"), Imap(server, "bob")
+        asleep.cmd("SELECT INBOX")
+        asleep.idle()
+        eventually(lambda: server.asleep() >= 1)
+        os.killpg(server.process.pid, signal.SIGINT)  # as a terminal does: to every process
+        for client in (before_login, awake, asleep):
+            assert "* BYE" in client.ended()
+        server.process.wait(PATIENCE)
+        server.stop()
+        server.process.stdout.close()
+        server.start()
+        with Imap(server, "alice") as client:
+            client.cmd("NOOP")
+
+
+def test_sigterm_says_bye_as_well_even_to_a_client_in_the_middle_of_a_literal():
+    with Server() as server:
+        client = Imap(server, "alice")
+        client.send("x APPEND INBOX {100}\r\n")
+        client.until(r"^\+ ")
+        server.stop()
+        assert "* BYE" in client.ended()
+
+
+def program(*arguments, cwd="/tmp", input=b"", **options):
+    """The command line without a server of its own."""
+    return subprocess.run(
+        [sys.executable, str(PROGRAM), *map(str, arguments)], cwd=cwd, input=input,
+        capture_output=True, timeout=PATIENCE, **options,
+    )
+
+
+@fixture(scope="module")
+def server():
+    """One server for the tests that need no other; each takes a user of its own."""
+    users = [f"user{n}" for n in range(100)]
+    with Server(users=users) as running:
+        running.fresh = iter(users)
+        yield running
+
+
+@fixture()
+def user(server):
+    return next(server.fresh)
+
+
+def rests_in(server, user):
+    """The services in which `who` sees the user, as a sorted list."""
+    return sorted(row["service"] for row in server.who() if row["user"] == user)
+
+
+def falls_asleep(server, user):
+    eventually(lambda: rests_in(server, user) == ["imap-hibernate"], what=f"{user} asleep")
+
+
+def plain(user, password):
+    return base64.b64encode(f"\0{user}\0{password}".encode()).decode()
+
+
+def test_log_in_by_login_and_by_authenticate_with_and_without_initial_response(server, user):
+    with Imap(server) as client:
+        client.cmd(f'LOGIN "{user}" "{server.password}"')
+    with Imap(server) as client:
+        client.cmd(f"AUTHENTICATE PLAIN {plain(user, server.password)}")
+        client.cmd("SELECT INBOX")
+    with Imap(server) as client:
+        client.send("x AUTHENTICATE PLAIN\r\n")
+        client.until(r"^\+")
+        client.send(plain(user, server.password) + "\r\n")
+        assert client.until(r"^x ")[-1].startswith("x OK")
+    with Imap(server) as client:
+        client.send(f"x LOGIN {{{len(user)}}}\r\n")
+        client.until(r"^\+")
+        client.send(f"{user} {{{len(server.password)}}}\r\n")
+        client.until(r"^\+")
+        client.send(f"{server.password}\r\n")
+        assert client.until(r"^x ")[-1].startswith("x OK")
+
+
+def test_a_log_in_and_all_that_follows_may_come_in_one_packet(server, user):
+    with Imap(server) as client:
+        client.send(f"a LOGIN {user} {server.password}\r\nb SELECT INBOX\r\nc NOOP\r\nd IDLE\r\n")
+        lines = client.until(r"^\+ ")
+        assert [x[:4] for x in lines if re.match("[abcd] ", x)] == ["a OK", "b OK", "c OK"]
+
+
+def test_one_byte_at_a_time_says_the_same_as_all_at_once(server, user):
+    text = f"a LOGIN {user} {server.password}\r\nb SELECT INBOX\r\nc NOOP\r\nd LOGOUT\r\n"
+    answers = []
+    for size in (len(text), 1):
+        with Imap(server) as client:
+            for start in range(0, len(text), size):
+                client.send(text[start : start + size])
+            answers.append(re.sub(r"\d\d+", "N", client.ended()))
+    assert answers[0] == answers[1] and "\r\nd OK" in answers[0]
+
+
+DELIVERIES = {
+    "deliver": lambda server, user: server.run("deliver", user, input=message()),
+    "hand": lambda server, user: deliver_by_hand(server.home(user)),
+    "mailbox": lambda server, user: server.maildir(user).add(message()),
+}
+
+
+def test_a_session_sleeps_wakes_for_mail_and_for_its_client_and_sleeps_again(server, user):
+    with Imap(server, user) as client:
+        client.cmd("SELECT INBOX")
+        server.run("deliver", user, input=message("first"))
+        count = 1
+        eventually(lambda: "* 1 EXISTS" in client.cmd("NOOP"))
+        for way in [*DELIVERIES, *DELIVERIES]:
+            tag = client.idle()
+            falls_asleep(server, user)
+            DELIVERIES[way](server, user)
+            count += 1
+            client.until(rf"^\* {count} EXISTS$", 5)
+            falls_asleep(server, user)  # in the same IDLE
+            client.done(tag)
+            [fetched, _] = client.cmd(f"FETCH {count} BODY.PEEK[HEADER.FIELDS (SUBJECT)]")
+            assert "Subject: hello" in fetched
+        falls_asleep(server, user)
+        assert client.cmd("LOGOUT")[0].startswith("* BYE")
+
+
+def test_the_worker_has_forgotten_a_sleeper():
+    with Server() as server, Imap(server, "alice") as client:
+        client.cmd("SELECT INBOX")
+        client.idle()
+        eventually(lambda: server.asleep() == 1)
+        eventually(lambda: server.count("imap") == 0)
+        assert server.titles("imap-hibernate") == ["hibernate/imap-hibernate [1 connections]"]
+        assert server.titles("imap-hibernate-twin") in (
+            [], ["hibernate/imap-hibernate-twin [1 copies]"],
+        )
+        assert server.titles("imap") == ["hibernate/imap [0 connections]"]
+        ports = {client.socket.getsockname()[1]}
+        assert holders(server, "imap", ports) == 0 and holders(server, "imap-login", ports) == 0
+        assert holders(server, "imap-hibernate", ports) == 1
+
+
+def holders(server, service, ports):
+    """How many descriptors of the service's processes are connections of these client ports."""
+    inodes = set()
+    for row in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = row.split()
+        if int(fields[2].rpartition(":")[2], 16) in ports:
+            inodes.add(f"socket:[{fields[9]}]")
+    folders = [Path(f"/proc/{pid}/fd") for pid in server.pids(service)]
+    return sum(os.readlink(fd) in inodes for folder in folders for fd in folder.iterdir())
+
+
+def test_a_session_at_rest_outside_idle_sleeps_too(server, user):
+    with Imap(server, user) as client:
+        for _ in range(3):
+            falls_asleep(server, user)
+            client.cmd("NOOP")
+            client.cmd("SELECT INBOX")
+        falls_asleep(server, user)
+        deliver_by_hand(server.home(user))
+        assert rests_in(server, user) == ["imap-hibernate"] and client.silent()
+        assert "* 1 EXISTS" in client.cmd("NOOP")
+
+
+def test_done_and_idle_in_one_packet_are_answered_asleep(server, user):
+    with Imap(server, user) as client:
+        client.cmd("SELECT INBOX")
+        client.send("x0 IDLE\r\n")
+        client.until(r"^\+ ")
+        falls_asleep(server, user)
+        for number in range(20):
+            client.send(f"DONE\r\nx{number + 1} IDLE\r\n")
+            lines = client.until(r"^\+ ")
+            assert [line.split()[:2] for line in lines[:-1]] == [[f"x{number}", "OK"]], lines
+            assert rests_in(server, user) == ["imap-hibernate"]
+        client.send("DONE\r\n")
+        assert client.until(r"^x20 ")[-1].startswith("x20 OK")
+        assert rests_in(server, user) == ["imap-hibernate"]
+        client.send("x21 IDLE\r\n")
+        client.until(r"^\+ ")
+        deliver_by_hand(server.home(user))
+        client.until(r"^\* 1 EXISTS$", 5)
+        client.send("done\n")  # in any case, and with a bare LF
+        client.until(r"^x21 OK")
+
+
+def test_half_a_line_wakes_a_sleeper_and_the_rest_is_heard(server, user):
+    with Imap(server, user) as client:
+        client.cmd("SELECT INBOX")
+        for text in ("DONE\r\n", "DONE\r\nx NOOP\r\n"):
+            tag = client.idle()
+            falls_asleep(server, user)
+            for byte in text[:6]:
+                client.send(byte)
+                if byte != "\n":
+                    eventually(lambda: rests_in(server, user) == ["imap"], 5)
+            client.send(text[6:])
+            client.until(rf"^{tag} OK")
+            if text[6:]:
+                client.until("^x OK")
+
+
+def test_a_sleeper_that_leaves_is_forgotten_however_it_leaves(server, user):
+    for reset in (False, True):
+        client = Imap(server, user)
+        client.cmd("SELECT INBOX")
+        client.idle()
+        falls_asleep(server, user)
+        if reset:
+            linger = struct.pack("ii", 1, 0)
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        client.close()
+        eventually(lambda: rests_in(server, user) == [])
+
+
+def test_a_half_closed_sleeper_still_has_its_last_commands_executed(server, user):
+    with Imap(server, user) as client:
+        client.cmd("SELECT INBOX")
+        client.idle()
+        falls_asleep(server, user)
+        client.send("DONE\r\nx APPEND INBOX {5+}\r\nFrom:\r\ny STATUS INBOX (MESSAGES)\r\n")
+        client.socket.shutdown(socket.SHUT_WR)
+        said = client.ended()
+        assert "\r\nx OK" in said and "MESSAGES 1" in said and "\r\ny OK" in said
+
+
+# What happens to a mailbox while its session sleeps, and what the session must then be told; in
+# IDLE at once, outside with the next command. `other` is a second session of the same user.
+
+
+def nothing(server, home, other):
+    pass
+
+
+def new_mail(server, home, other):
+    deliver_by_hand(home / ".Work")
+
+
+def flagged_by_a_rename(server, home, other):
+    [name] = [x for x in (home / ".Work" / "cur").iterdir() if x.name.startswith("2.")]
+    name.rename(name.with_name(name.name.partition(":")[0] + ":2,FS"))
+
+
+def flagged_by_a_session(server, home, other):
+    other.cmd("STORE 2 +FLAGS (\\Answered)")
+
+
+def given_a_keyword(server, home, other):
+    other.cmd("STORE 2 +FLAGS ($Forwarded)")
+
+
+def expunged_by_a_session(server, home, other):
+    other.cmd("STORE 2 +FLAGS (\\Deleted)")
+    other.cmd("EXPUNGE")
+
+
+def removed_by_hand(server, home, other):
+    [name] = [x for x in (home / ".Work" / "cur").iterdir() if x.name.startswith("2.")]
+    name.unlink()
+
+
+CHANGES = [
+    (nothing, None),
+    (new_mail, r"\* 4 EXISTS"),
+    (flagged_by_a_rename, r"\* 2 FETCH \(.*\\Flagged"),
+    (flagged_by_a_session, r"\* 2 FETCH \(.*\\Answered"),
+    (given_a_keyword, r"\* 2 FETCH \(.*\$Forwarded"),
+    (expunged_by_a_session, r"\* 2 EXPUNGE"),
+    (removed_by_hand, r"\* 2 EXPUNGE"),
+]
+
+
+def three_messages(server, user):
+    """A folder .Work with the messages 1., 2. and 3. in cur/; the home that it lies in."""
+    server.maildir(user).add_folder("Work")
+    for number in (1, 2, 3):
+        name = f"{number}.P1.example:2,S"
+        Path(server.home(user), ".Work", "cur", name).write_bytes(message(f"number {number}"))
+    return server.home(user)
+
+
+@table("change, heard", CHANGES)
+@table("idling", [True, False])
+def test_two_cycles_of_sleep_and_a_change_in_one_of_them(server, user, change, heard, idling):
+    home = three_messages(server, user)
+    with Imap(server, user) as client, Imap(server, user) as other:
+        client.cmd("SELECT Work")
+        other.cmd("SELECT Work")
+        tag = client.idle() if idling else ""
+        sleeps = lambda: rests_in(server, user) == ["imap-hibernate"] * 2  # noqa: E731
+        eventually(sleeps)
+        change(server, home, other)
+        if idling and heard:
+            assert re.search(heard, "\n".join(client.until(heard, 8)))
+        eventually(sleeps)
+        if idling:
+            said = client.done(tag)
+            assert len(said) == 1 or heard, said
+        else:
+            said = eventually_says(client, heard)
+            assert heard or len(said) == 1, said
+        eventually(sleeps)
+        assert len(client.cmd("NOOP")) == 1  # and nothing twice
+        left = {"EXPUNGE": 2, "EXISTS": 4}.get((heard or "").rpartition(" ")[2], 3)
+        assert f"* {left} EXISTS" in client.cmd("EXAMINE Work")
+
+
+def eventually_says(client, pattern):
+    """NOOP until `pattern` is among the answers, or once if there is none."""
+    said = client.cmd("NOOP")
+    end = time.monotonic() + 5
+    while pattern and not re.search(pattern, "\n".join(said)) and time.monotonic() < end:
+        said += client.cmd("NOOP")
+    assert not pattern or re.search(pattern, "\n".join(said)), said
+    return said
+
+
+@table("idling", [True, False])
+def test_a_mailbox_that_vanishes_under_a_sleeper_ends_its_session(server, user, idling):
+    home = three_messages(server, user)
+    with Imap(server, user) as client:
+        client.cmd("SELECT Work")
+        if idling:
+            client.idle()
+        falls_asleep(server, user)
+        (home / ".Work").rename(home / "trash")
+        shutil.rmtree(home / "trash")
+        if not idling:
+            client.send("x NOOP\r\n")
+        assert "* BYE" in client.ended()
+
+
+def test_mail_that_races_with_falling_asleep_is_always_heard():
+    with Server("imap_hibernate_timeout = 1 msecs") as server, Imap(server, "alice") as client:
+        client.cmd("SELECT INBOX")
+        client.idle()
+        for number in range(1, 151):
+            select.select((), (), (), number % 10 / 1000)  # this way and that around the freeze
+            deliver_by_hand(server.home("alice"))
+            client.until(rf"^\* {number} EXISTS$", 5)
+
+
+def test_input_before_during_and_after_the_hand_over_is_executed_once():
+    with Server("imap_hibernate_timeout = 1 msecs") as server, Imap(server, "alice") as client:
+        client.cmd("SELECT INBOX")
+        for number in range(150):
+            select.select((), (), (), number % 12 / 2000)
+            half = number % 3
+            text = f"t{number} APPEND INBOX {{7+}}\r\nFrom: x\r\n"
+            client.send(text[: 5 * half] if half else text)
+            if half:
+                select.select((), (), (), number % 7 / 2000)
+                client.send(text[5 * half :])
+            lines = client.until(r"^t\d+ ")
+            assert lines[-1].startswith(f"t{number} OK"), lines
+        client.cmd("NOOP")
+        assert "(MESSAGES 150)" in client.cmd("STATUS INBOX (MESSAGES)")[0]
+        tags = "".join(f"p{number} NOOP\r\n" for number in range(500))
+        client.send(tags)
+        said = [x for x in client.until("^p499 ") if x.startswith("p")]
+        assert [x.split()[:2] for x in said] == [[f"p{n}", "OK"] for n in range(500)]
+
+
+HOSTILE = ["x\ty", "x\0y", 'x"y', "x\x01y", "x\xffy", "x\\y", "x{5}", "x%", "x(", "+", "x" * 5000,
+           "user=bob\t", 'x","bob","', "x\ruser=bob", "\u00fc"]  # fmt: skip
+
+
+@table("tag", HOSTILE)
+def test_no_byte_a_client_can_say_changes_who_it_is(server, user, tag):
+    with Imap(server, user) as client:
+        client.cmd("SELECT INBOX")
+        before = identity_of(server, user)
+        for first in ("", "DONE\r\n"):
+            if first:
+                client.send("good IDLE\r\n")
+                client.until(r"^\+ ")
+                falls_asleep(server, user)
+            client.send(f"{first}{tag} IDLE\r\n".encode("latin-1"))
+            said = client.until(r"^\+ |BAD")[-1]
+            if said.startswith("+"):
+                falls_asleep(server, user)
+                client.send("DONE\r\n")
+                client.until("OK")
+            falls_asleep(server, user)
+            client.cmd("NOOP")
+            assert identity_of(server, user) == before
+
+
+def identity_of(server, user):
+    [row] = [row for row in server.who() if row["user"] == user]
+    return {key: row[key] for key in ("user", "session", "since", "remote")}
+
+
+def test_who_counts_a_session_once_wherever_it_is_and_knows_its_beginning(server, user):
+    with Imap(server, user) as client:
+        client.cmd("SELECT INBOX")
+        first = identity_of(server, user)
+        assert abs(first["since"] - time.time()) < 10
+        assert first["remote"] == "%s:%d" % client.socket.getsockname()
+        for _ in range(3):
+            falls_asleep(server, user)
+            assert identity_of(server, user) == first
+            client.cmd("NOOP")
+            assert identity_of(server, user) == first
+
+
+def test_moving_sessions_are_never_seen_twice():
+    with Server("imap_hibernate_timeout = 5 msecs") as server:
+        clients = [Imap(server, "alice") for _ in range(20)]
+        for _ in range(10):
+            for number, client in enumerate(clients):
+                client.send(f"n{number} NOOP\r\n")
+            rows = [row["session"] for row in server.who()]
+            assert len(set(rows)) == len(rows), collections.Counter(rows)
+            for client in clients:
+                client.until("^n")
+        eventually(lambda: len(server.who("imap-hibernate")) == 20 == len(server.who()))
+
+
+def test_every_byte_of_a_session_is_counted_across_its_homes(server, user):
+    with Imap(server, user) as client:
+        client.cmd("SELECT INBOX")
+        for _ in range(2):
+            tag = client.idle()
+            falls_asleep(server, user)
+            client.done(tag)
+            client.cmd("NOOP")
+            falls_asleep(server, user)
+        client.cmd("LOGOUT")
+        line = eventually(lambda: re.search(rf".* {user} .*in=(\d+) out=(\d+)", server.log()))
+        assert (int(line[1]), int(line[2])) == (client.sent, client.heard)
+
+
+# ------------------------------------------------------------------------------------------------
+# 4  Many sessions, and hand-overs that are refused
+# ------------------------------------------------------------------------------------------------
+
+
+def many(server, users, window=40):
+    """A client of each user in IDLE on its INBOX; all that is said before comes in one packet."""
+    clients = []
+    for start in range(0, len(users), window):
+        fresh = [Imap(server, greeting=False) for _ in users[start : start + window]]
+        for client, user in zip(fresh, users[start:]):
+            client.send(f"a LOGIN {user} {server.password}\r\nb SELECT INBOX\r\nc IDLE\r\n")
+        for client in fresh:
+            client.until(r"^\+ ")
+        clients += fresh
+    return clients
+
+
+def many_descriptors(count):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < count:
+        pytest.skip(f"only {hard} descriptors here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
+
+
+def test_a_thousand_sessions_of_200_users_sleep_in_one_keeper_and_all_hear_their_mail():
+    many_descriptors(1400)
+    users = [f"u{n}" for n in range(200)]
+    with Server("imap_hibernate_timeout = 500 msecs", users=users) as server:
+        clients = many(server, users * 5)
+        one = ["hibernate/imap-hibernate [1000 connections]"]
+        eventually(lambda: server.titles("imap-hibernate") == one)
+        eventually(lambda: server.count("imap") == 0)
+        rows = server.who()
+        assert len({row["session"] for row in rows}) == 1000 == len(rows)
+        assert collections.Counter(row["user"] for row in rows) == dict.fromkeys(users, 5)
+        for user in users:
+            deliver_by_hand(server.home(user))
+        for client in clients:
+            client.until(r"^\* 1 EXISTS$")
+        eventually(lambda: server.asleep() == 1000)
+        for client in clients:
+            client.send("DONE\r\nd NOOP\r\n")
+        for client in clients:
+            assert client.until("^d ")[-1].startswith("d OK")
+        memory_is_bounded(server, clients)
+
+
+def memory_is_bounded(server, clients):
+    """A budget kept by a test: it would not survive a doubling of what a sleeper costs."""
+    eventually(lambda: server.asleep() == 1000)
+    private = ("Private_Clean", "Private_Dirty")
+    [keeper] = server.pids("imap-hibernate")
+    before = proc_bytes(keeper, *private)
+    more = many(server, ["u0"] * 400)
+    eventually(lambda: server.asleep() == 1400)
+    assert (proc_bytes(keeper, *private) - before) / len(more) < 1000
+
+
+def test_keepers_fill_one_after_the_other_and_when_all_are_full_sessions_stay_awake():
+    settings = "service imap-hibernate {\n client_limit = 100\n process_limit = 3\n}"
+    with Server(settings, allow="process_limit") as server:
+        clients = []
+
+        def keepers(*loads):
+            wanted = sorted(f"hibernate/imap-hibernate [{n} connections]" for n in loads)
+            return lambda: sorted(server.titles("imap-hibernate")) == wanted
+
+        for number, loads in ((60, (60,)), (100, (100,)), (101, (100, 1)), (200, (100, 100))):
+            clients += many(server, ["alice"] * (number - len(clients)))
+            eventually(keepers(*loads), what=f"{loads}, not {server.titles('imap-hibernate')}")
+        clients += many(server, ["alice"] * 50)
+        eventually(keepers(100, 100, 50))
+        assert "process_limit" not in server.log()
+        clients += many(server, ["alice"] * 60)
+        eventually(keepers(100, 100, 100))
+        eventually(lambda: server.count("imap") == 10)
+        warnings = eventually(lambda: limit_warnings(server))
+        assert re.search(r"imap-hibernate.*process_limit.*\b3\b", warnings[0])
+        deliver_by_hand(server.home("alice"))
+        for client in clients:
+            client.until(r"^\* 1 EXISTS$")
+        for client in clients[-20:]:
+            client.send("DONE\r\nd NOOP\r\n")
+            client.until("^d OK")
+        assert len(limit_warnings(server)) <= 1 + len({x[:19] for x in limit_warnings(server)})
+        for client in clients[:15]:
+            client.close()
+        eventually(lambda: server.asleep() == 295 and server.count("imap") == 0)
+
+
+def limit_warnings(server):
+    return [x for x in server.log().splitlines() if "WARNING" in x and "process_limit" in x]
+
+
+def connected_pair():
+    """(client's end, server's end) of a TCP connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        return client, listener.accept()[0]
+
+
+class Sender:
+    """The sender's half of a hand-over, spoken by the test: it may say what no process of the
+    server would."""
+
+    def __init__(self, server, hibernate, service="imap"):
+        self.hibernate, self.server = hibernate, server
+        self.client, self.theirs = connected_pair()
+        self.channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.channel.settimeout(PATIENCE)
+        self.channel.connect(str(server.dir / "hibernate.run" / service))
+        self.key = (server.dir / "hibernate.run" / "key").read_bytes()
+
+    def record(self, age=0, **changes):
+        """The bytes of a log-in's record for alice, right unless changed."""
+        name = changes.pop("identity", self.hibernate.identity(self.theirs))
+        now = int(time.time()) - age
+        home = str(self.server.home("alice"))
+        state = self.hibernate.State(now + 60, "s1", "alice", now, "r:1", home, [], [])
+        text = json.dumps([*state])
+        seal = self.hibernate.seal(self.key, name, text)
+        fields = {"tag": "", "received": 0, "sent": 0, "pending": "", "answer": "x", "state": text,
+                  "seal": seal, **changes}  # fmt: skip
+        return self.hibernate.Record(**fields).encode()
+
+    def give(self, record, *descriptors):
+        socket.send_fds(self.channel, [record], [x.fileno() for x in descriptors or [self.theirs]])
+        return self.channel.recv(200).decode()
+
+    def close(self):
+        for sock in (self.client, self.theirs, self.channel):
+            sock.close()
+
+
+@fixture()
+def sender(server, hibernate):
+    with contextlib.ExitStack() as stack:
+        server.maildir("alice")
+
+        def make(service="imap"):
+            made = Sender(server, hibernate, service)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+def test_a_session_handed_over_starts_with_the_commit_and_not_before(sender):
+    right = sender()
+    assert right.give(right.record(pending="y NOOP\r\n")) == "+"
+    assert not select.select([right.client], (), (), 0.3)[0]
+    right.channel.send(b"!")
+    right.theirs.close()
+    right.client.settimeout(PATIENCE)
+    said = b""
+    while b"\r\ny OK" not in said:
+        said += right.client.recv(4096)
+    assert said.startswith(b"x OK")
+
+
+def test_a_sender_that_gives_up_keeps_an_untouched_session(sender):
+    right = sender()
+    assert right.give(right.record()) == "+"
+    right.channel.close()
+    right.client.send(b"still mine")
+    assert right.theirs.recv(100) == b"still mine"
+    right.theirs.send(b"and yours")
+    assert right.client.recv(100) == b"and yours"
+    assert not select.select([right.client, right.theirs], (), (), 0.3)[0]
+
+
+def test_a_flipped_bit_in_a_sealed_record_is_refused_and_logged(server, sender):
+    good = sender()
+    fields = json.loads(good.record())
+    state, seal = fields[-2:]
+    name = good.hibernate.identity(good.theirs)
+    for at in range(len(state)):
+        bad = state[:at] + chr(ord(state[at]) ^ 1) + state[at + 1 :]
+        forger = sender() if at % 10 == 0 else good
+        if forger is good:
+            assert good.hibernate.seal(good.key, name, bad) != seal
+        else:
+            assert forger.give(forger.record(state=bad)).startswith("-")
+    assert sender().give(good.record(seal=seal[:-1] + "A")).startswith("-")
+    assert "refused" in server.log()
+
+
+def test_a_swapped_a_late_and_a_malformed_hand_over_are_refused(server, sender):
+    other, late = sender(), sender()
+    swapped = sender()
+    assert swapped.give(swapped.record(), other.theirs) == "-seal"
+    assert late.give(late.record(age=61)).startswith("-ticket")
+    for record in (b"x", b"[]", b"{}", b"[" * 5000, b"\xff" * 100, b"null",
+                   late.record(tag="x\ty"), late.record(received="1"),
+                   late.record(pending="\u20ac")):
+        bad = sender()
+        assert bad.give(record).startswith("-"), record
+    two = sender()
+    assert two.give(two.record(), two.theirs, other.theirs).startswith("-")
+    none = sender()
+    none.channel.send(none.record())
+    assert none.channel.recv(100).startswith(b"-")
+    with open("/dev/null") as file:
+        device = sender()
+        assert device.give(device.record(), file).startswith("-")
+    eventually(lambda: server.log().count("refused") >= 12)
+
+
+def test_a_reconnected_descriptor_is_refused(sender):
+    """A hostile holder may connect() a socket elsewhere: the inode stays, the identity must not."""
+    hostile = sender()
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        record = hostile.record(identity=hostile.hibernate.identity(hostile.client))
+        unspec = struct.pack("H14x", socket.AF_UNSPEC)  # connect() to this dissolves a connection
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.connect(hostile.client.fileno(), unspec, len(unspec)) == 0
+        hostile.client.connect(elsewhere.getsockname())
+        assert hostile.give(record, hostile.client) == "-seal"
+
+
+# ------------------------------------------------------------------------------------------------
+# 5  Listeners
+# ------------------------------------------------------------------------------------------------
+
+
+def listening(port):
+    """The inodes of the sockets that listen on the port."""
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {r[9] for r in rows if r[3] == "0A" and int(r[1].rpartition(":")[2], 16) == port}
+
+
+FOUR = "service imap-login {\n process_limit = 4\n process_min_avail = 4\n}"
+
+
+def test_a_listener_is_shared_by_the_processes_of_its_service():
+    with Server(FOUR) as server:
+        eventually(lambda: len(server.titles("imap-login")) == 4)
+        assert len(listening(server.port)) == 1
+        clients = [Imap(server) for _ in range(50)]
+        eventually(lambda: server.count("imap-login") == len(clients))
+
+
+def test_with_reuse_port_each_log_in_process_has_a_socket_and_gets_connections():
+    with Server(FOUR, listener="port = 0\n reuse_port = yes") as server:
+        eventually(lambda: len(server.titles("imap-login")) == 4)
+        assert len(listening(server.port)) == 4
+        clients = [Imap(server) for _ in range(200)]
+        eventually(lambda: server.count("imap-login") == len(clients))
+        loads = [int(re.search(r"\[(\d+) ", x)[1]) for x in server.titles("imap-login")]
+        assert len(loads) == 4 and min(loads) > 10, loads
+
+
+def test_a_second_instance_shares_the_port_with_reuse_port_and_else_is_refused_in_one_line():
+    sharing = "reuse_port = yes"
+    with Server(FOUR, listener=f"port = 0\n {sharing}") as first, Server() as plain_one:
+        port = f"port = {first.port}\n"
+        with Server(FOUR, listener=port + sharing) as second:
+            assert second.port == first.port and len(listening(first.port)) == 8
+            clients = [Imap(first) for _ in range(100)]
+            both = (first, second)
+            eventually(lambda: sum(x.count("imap-login") for x in both) == len(clients))
+            assert min(x.count("imap-login") for x in both) > 10
+        other = f"port = {plain_one.port}\n"
+        attempts = {  # they wait for the port, side by side
+            Refused(port): str(first.port),
+            Refused(other + sharing, FOUR): str(plain_one.port),
+            Refused(other): str(plain_one.port),
+            Refused("port = 0", f"base_dir = {first.dir}/hibernate.run"): "hibernate.run",
+        }
+        for attempt, name in attempts.items():
+            code, [line] = attempt.result()
+            assert code == 69 and name in line and "in use" in line, line
+        for server in (first, plain_one):
+            with Imap(server, "alice") as client:
+                client.cmd("NOOP")
+
+
+class Refused(Server):
+    """A start that must fail; several of them wait side by side."""
+
+    def __init__(self, listener, settings=""):
+        super().__init__(settings, listener=listener)
+
+    def wait_ready(self):
+        return []
+
+    def result(self):
+        """(exit status, lines of standard error)"""
+        code = self.process.wait(PATIENCE)
+        assert self.process.stdout.read() == b""
+        self.process.stdout.close()
+        said = self.log().splitlines()
+        Server.live.remove(self)
+        shutil.rmtree(self.dir)
+        return code, said
+
+
+# ------------------------------------------------------------------------------------------------
+# 6  IMAP: what is said, what must be answered, and what mailbox.Maildir sees afterwards
+# ------------------------------------------------------------------------------------------------
+
+MULTIPART = (
+    b"From: \"Dora\" <dora@example.org>\r\nTo: a@example.org, b@example.org\r\n"
+    b"Subject: =?utf-8?q?gr=C3=BC=C3=9Fe?=\r\nDate: Tue, 8 Feb 1994 10:00:00 +0000\r\n"
+    b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=\"xx\"\r\n\r\n"
+    b"--xx\r\nContent-Type: text/plain; charset=us-ascii\r\n\r\nfirst part\r\n"
+    b"--xx\r\nContent-Type: application/octet-stream; name=\"b.bin\"\r\n"
+    b"Content-Transfer-Encoding: base64\r\n\r\nAAEC\r\n--xx--\r\n"
+)
+
+# (command, what its answer must match, in any order); a leading "!" says: NO, "?" says: BAD,
+# "~": no such line. Each row goes on where the last has ended.
+TRANSCRIPT = [
+    ("CAPABILITY", [r"^\* CAPABILITY .*\bIMAP4rev1\b.*\bIDLE\b"]),
+    ("NOOP", []),
+    ("ID NIL", [r"^\* ID "]),
+    ('ID ("name" "test" "version" "1")', [r"^\* ID "]),
+    ("NAMESPACE", [r'^\* NAMESPACE \(\("" "[./]"\)\) NIL NIL$']),
+    ('LIST "" ""', [r'^\* LIST \(.*\\Noselect.*\) "[./]" ""$']),
+    ('LIST "" "*"', [r'^\* LIST \(.*\) "[./]" "?INBOX"?$', r'^\* LIST \(.*\) "[./]" "?Work"?$']),
+    ('LIST "" "%"', [r"INBOX", r"Work", r"~Deep"]),
+    ('LIST "" "W%"', [r"Work", r"~INBOX"]),
+    ('LIST "" "nothing*"', [r"~LIST"]),
+    ('LSUB "" "*"', []),
+    ("STATUS INBOX (MESSAGES UNSEEN UIDNEXT UIDVALIDITY RECENT)",
+     [r"^\* STATUS \"?INBOX\"? \(.*MESSAGES 3\b", r"UNSEEN 2\b", r"UIDNEXT 4\b"]),
+    ("FETCH 1 FLAGS", ["?"]),
+    ("STORE 1 FLAGS ()", ["?"]),
+    ("EXAMINE INBOX", [r"^\* 3 EXISTS$", r"^\w+ OK \[READ-ONLY\]"]),
+    ("STORE 1 +FLAGS (\\Flagged)", ["!"]),
+    ("SELECT INBOX",
+     [r"^\* FLAGS \(.*\\Seen", r"^\* 3 EXISTS$", r"^\* \d RECENT$", r"^\* OK \[UIDVALIDITY \d+\]",
+      r"^\* OK \[UIDNEXT 4\]", r"^\* OK \[PERMANENTFLAGS \(.*\\\*\)\]", r"^\w+ OK \[READ-WRITE\]"]),
+    ("FETCH 1:* FLAGS", [r"^\* 1 FETCH \(FLAGS \(.*\\Seen", r"^\* 3 FETCH \(FLAGS \("]),
+    ("FETCH 1:* (UID RFC822.SIZE)",
+     [r"^\* 1 FETCH \(UID 1 RFC822.SIZE \d+\)$", r"^\* 3 FETCH \(UID 3 "]),
+    ("FETCH 1 ENVELOPE",
+     [r'ENVELOPE \("Mon, 7 Feb 1994 21:52:25 -0800" "one" \(\(NIL NIL "carol" "example.org"\)\) ']),
+    ("FETCH 2 BODYSTRUCTURE",
+     [r'(?i)BODYSTRUCTURE \(\("TEXT" "PLAIN" \("CHARSET" "us-ascii"\).*"MIXED"']),
+    ("FETCH 2 BODY", [r'(?i)BODY \(\("text" "plain".*"octet-stream".*"base64" 4.* "mixed"\)']),
+    ("FETCH 2 BODY.PEEK[1]", [r"BODY\[1\] \{10\}\r\nfirst part\)$"]),
+    ("FETCH 2 BODY.PEEK[2.MIME]", [r"(?s)BODY\[2.MIME\] \{\d+\}\r\nContent-Type: application"]),
+    ("FETCH 2 BODY.PEEK[]<0.6>", [r'BODY\[\]<0> (\{6\}\r\nFrom: |"From: ")\)']),
+    ("FETCH 2 BODY.PEEK[HEADER.FIELDS (Date)]", [r"(?s)\}\r\nDate: Tue, 8 Feb.*\r\n\r\n\)$"]),
+    ("FETCH 2 BODY.PEEK[HEADER.FIELDS.NOT (Date)]", [r"(?s)Subject", r"~Date: "]),
+    ("FETCH 2 BODY.PEEK[TEXT]", [r"(?s)\}\r\n--xx\r\n.*--xx--"]),
+    ("FETCH 2 RFC822.HEADER", [r"(?s)RFC822.HEADER \{\d+\}\r\nFrom: "]),
+    ("FETCH 2 FLAGS", [r"~Seen"]),
+    ("FETCH 3 FAST", [r"FLAGS \(", r'INTERNALDATE "[ \d]\d-\w{3}-\d{4} ', r"RFC822.SIZE"]),
+    ("FETCH 3 BODY[TEXT]", [r"(?s)three\r\n", r"FLAGS \(.*\\Seen"]),
+    ("UID FETCH 2:3 (FLAGS)", [r"^\* 2 FETCH \((?=.*UID 2)", r"^\* 3 FETCH \((?=.*UID 3)"]),
+    ("UID FETCH 99 FLAGS", [r"~FETCH \("]),
+    ("STORE 2 +FLAGS (\\Flagged $Label1)", [r"^\* 2 FETCH \(.*\\Flagged.*"]),
+    ("FETCH 2 FLAGS", [r"\$Label1"]),
+    ("STORE 2 -FLAGS.SILENT (\\Flagged)", [r"~FETCH"]),
+    ("UID STORE 3 FLAGS (\\Draft \\Seen)", [r"^\* 3 FETCH \((?=.*UID 3)(?=.*\\Draft)"]),
+    ("SEARCH ALL", [r"^\* SEARCH 1 2 3$"]),
+    ("SEARCH UNSEEN", [r"^\* SEARCH 2$"]),
+    ("SEARCH KEYWORD $Label1", [r"^\* SEARCH 2$"]),
+    ('SEARCH FROM "dora"', [r"^\* SEARCH 2$"]),
+    ("SEARCH OR SUBJECT one BODY three", [r"^\* SEARCH 1 3$"]),
+    ("SEARCH NOT (SEEN) 1:*", [r"^\* SEARCH 2$"]),
+    ("SEARCH SENTSINCE 8-Feb-1994 SENTBEFORE 9-Feb-1994", [r"^\* SEARCH 2$"]),
+    ("SEARCH LARGER 100000", [r"^\* SEARCH$"]),
+    ("UID SEARCH UID 2:*", [r"^\* SEARCH 2 3$"]),
+    ("SEARCH CHARSET KLINGON ALL", [r"!\[BADCHARSET"]),
+    ("COPY 1:2 Work", [r"OK|COPYUID \d+ 1:2 1:2"]),
+    ("COPY 1 Nowhere", [r"!\[TRYCREATE\]"]),
+    ("UID COPY 3 Work", []),
+    ("STATUS Work (MESSAGES)", [r"\(MESSAGES 3\)"]),
+    ("STORE 1 +FLAGS (\\Deleted)", [r"\\Deleted"]),
+    ("UID EXPUNGE 2", [r"~EXPUNGE$|\* 1"]),
+    ("EXPUNGE", [r"^\* 1 EXPUNGE$"]),
+    ("FETCH 1:* UID", [r"^\* 1 FETCH \(UID 2\)$", r"^\* 2 FETCH \(UID 3\)$"]),
+    ("STORE 2 +FLAGS (\\Deleted)", []),
+    ("UNSELECT", [r"~EXPUNGE"]),
+    ("SELECT INBOX", [r"^\* 2 EXISTS$", r"UIDNEXT 4"]),
+    ("CLOSE", [r"~EXPUNGE"]),
+    ("SELECT INBOX", [r"^\* 1 EXISTS$", r"UIDNEXT 4"]),
+    ("SELECT Work", [r"^\* 3 EXISTS$"]),
+    ("SELECT Nowhere", ["!"]),
+    ("FETCH 1 FLAGS", ["?"]),  # a failed SELECT leaves nothing selected
+    ("SELECT inbox", [r"^\* 1 EXISTS$"]),
+    ("FETCH 5 FLAGS", ["[?!]"]),
+    ("IDLE NOW", ["?"]),
+    ("LOGIN a b", ["?"]),
+]  # fmt: skip
+
+
+@fixture(scope="module")
+def transcript(server):
+    """A user's Maildir and the client that goes through TRANSCRIPT."""
+    user = next(server.fresh)
+    box = server.maildir(user)
+    for flags, data in (("S", message("one")), ("", MULTIPART), ("", message("two", "three\r\n"))):
+        entry = mailbox.MaildirMessage(data)
+        entry.set_subdir("cur")
+        entry.set_flags(flags)
+        name = f"{len(box) + 1}.P1.example:2,{flags}"
+        Path(server.home(user), "cur", name).write_bytes(data)
+    box.add_folder("Work")
+    with Imap(server, user) as client:
+        client.user = user
+        yield client
+
+
+@table("number", range(len(TRANSCRIPT)))
+def test_transcript(transcript, number):
+    command, patterns = TRANSCRIPT[number]
+    expect = {"!": "NO", "?": "BAD"}.get(patterns[0][0] if patterns else "", "OK")
+    if patterns and patterns[0].startswith("["):
+        expect = ""
+    lines = transcript.cmd(command, expect)
+    said = "\n".join(lines)
+    for pattern in (x.lstrip("!?") for x in patterns if not x.startswith("[?")):
+        if pattern.startswith("~"):
+            assert not re.search(pattern[1:], "\n".join(lines[:-1]), re.MULTILINE), said
+        else:
+            assert re.search(pattern, said, re.MULTILINE | re.DOTALL), (pattern, said)
+
+
+def test_the_maildir_after_the_transcript_is_what_mutt_would_see(transcript, server):
+    box = server.maildir(transcript.user)
+    [entry] = list(box)
+    assert entry.get_flags() == "" and entry.get_payload()[0].get_payload().strip() == "first part"
+    work = {entry["Subject"]: entry.get_flags() for entry in box.get_folder("Work")}
+    assert work == {"one": "S", "=?utf-8?q?gr=C3=BC=C3=9Fe?=": "", "two": "DS"}
+    assert not list(server.home(transcript.user).glob("**/tmp/*"))
+
+
+def test_append_keeps_bytes_flags_and_date(server, user):
+    with Imap(server, user) as client:
+        client.cmd("SELECT INBOX")
+        data = message("appended", "a\r\n.\r\n\x80" * 100)
+        done = client.cmd(
+            'APPEND INBOX (\\Seen \\Flagged) "17-Jul-1996 02:44:25 -0700"', literal=data
+        )
+        assert "* 1 EXISTS" in done + client.cmd("NOOP")
+        [line, _] = client.cmd("FETCH 1 (FLAGS INTERNALDATE RFC822.SIZE BODY.PEEK[])")
+        assert f"RFC822.SIZE {len(data)}" in line and data.decode() in line
+        assert "\\Seen" in line and "\\Flagged" in line
+        date = re.search(r'INTERNALDATE "(.*?)"', line)[1]
+        assert imaplib.Internaldate2tuple(f'INTERNALDATE "{date}"'.encode())[:5] == time.localtime(
+            837596665
+        )[:5]
+        [entry] = list(server.maildir(user))
+        assert sorted(entry.get_flags()) == ["F", "S"]
+        client.cmd("APPEND Nowhere {3+}\r\nabc", r"NO \[TRYCREATE\]")
+
+
+def test_uids_stay_and_uidvalidity_with_them_whatever_is_renamed(server, user):
+    home = three_messages(server, user)
+    with Imap(server, user) as client:
+        first = client.cmd("SELECT Work")
+        before = client.cmd("FETCH 1:* UID")[:-1]
+        for name in list((home / ".Work" / "cur").iterdir()):
+            name.rename(name.with_name(name.name.partition(":")[0] + ":2,FRS"))
+        client.cmd("UNSELECT")
+        again = client.cmd("SELECT Work")
+        assert client.cmd("FETCH 1:* UID")[:-1] == before
+        validity = [x for x in first if "UIDVALIDITY" in x]
+        assert validity and validity == [x for x in again if "UIDVALIDITY" in x]
+        assert client.cmd("SEARCH FLAGGED ANSWERED")[0] == "* SEARCH 1 2 3"
+
+
+def test_two_sessions_of_one_mailbox_see_each_other_in_order(server, user):
+    home = three_messages(server, user)
+    with Imap(server, user) as one, Imap(server, user) as two:
+        one.cmd("SELECT Work")
+        two.cmd("SELECT Work")
+        one.cmd("STORE 1,3 +FLAGS.SILENT (\\Deleted)")
+        said = two.cmd("NOOP")
+        assert len([x for x in said if "\\Deleted" in x]) == 2
+        gone = (["* 1 EXPUNGE", "* 2 EXPUNGE"], ["* 3 EXPUNGE", "* 1 EXPUNGE"])
+        assert one.cmd("EXPUNGE")[:2] in gone
+        assert not any("EXPUNGE" in x for x in two.cmd("FETCH 2 FLAGS", ""))  # RFC 3501 7.4.1
+        assert not any("EXPUNGE" in x for x in two.cmd("SEARCH ALL", ""))
+        assert [x for x in two.cmd("NOOP") + two.cmd("NOOP") if "EXPUNGE" in x] in gone
+        assert two.cmd("SEARCH ALL")[0] == "* SEARCH 1"
+        assert len(list((home / ".Work" / "cur").iterdir())) == 1
+
+
+def test_pythons_imaplib_is_served(server, user):
+    server.maildir(user).add(message("for imaplib"))
+    with imaplib.IMAP4("127.0.0.1", server.port, timeout=PATIENCE) as client:
+        client.login(user, server.password)
+        assert client.select()[1] == [b"1"]
+        assert b"for imaplib" in client.fetch("1", "(RFC822)")[1][0][1]
+        assert client.append("INBOX", None, None, message())[0] == "OK"
+        assert client.uid("SEARCH", "ALL")[1] == [b"1 2"]
+        assert client.store("1", "+FLAGS", "\\Deleted")[0] == "OK"
+        assert client.expunge()[1] == [b"1"]
+        client.close()
+
+
+def test_a_large_message_is_streamed_while_others_are_served(server, user):
+    server.maildir(user).add(message("large", "x" * 78 + "\r\n" + "0123456789\r\n" * 1_000_000))
+    with Imap(server, user) as slow, Imap(server, user) as other:
+        slow.cmd("SELECT INBOX")
+        slow.send("x FETCH 1 BODY.PEEK[]\r\n")
+        for _ in range(20):
+            other.cmd("NOOP")
+        assert all(proc_bytes(pid, "Rss") < 100 * 2**20 for pid in server.pids("imap"))
+        assert slow.until("^x OK")[-2].endswith(")")
+
+
+# ------------------------------------------------------------------------------------------------
+# 7  The command line and the configuration
+# ------------------------------------------------------------------------------------------------
+
+
+def test_help_version_and_usage():
+    assert program("--version").stdout.decode().startswith("hibernate")
+    text = program("--help").stdout.decode()
+    for word in "status who kick reload stop deliver passwd --check --json".split():
+        assert word in text
+    for wrong in (["--nonsense"], ["nonsense"], ["deliver"], ["status", "x", "y"], ["-c"]):
+        done = program(*wrong)
+        assert done.returncode == 64 and not done.stdout and done.stderr, wrong
+
+
+def test_status_and_who_tell_what_is_going_on():
+    with Server() as server, Imap(server, "alice") as awake, Imap(server, "bob") as asleep:
+        asleep.cmd("SELECT INBOX")
+        asleep.idle()
+        eventually(lambda: len(server.who("imap-hibernate")) >= 1)
+        awake.cmd("NOOP")
+        assert {row["user"] for row in server.who()} >= {"alice", "bob"}
+        services = {row["service"] for row in server.control("status")}
+        assert services == {"imap-login", "auth", "imap", "imap-hibernate"}
+        for command in ("status", "who"):
+            done = server.run(command)
+            assert done.returncode == 0 and b"imap-hibernate" in done.stdout
+        assert re.search(rb"bob.*127\.0\.0\.1", server.run("who").stdout)
+        assert b"1 sessions" in server.run("kick", "bob").stdout
+        assert "* BYE" in asleep.ended()
+        awake.cmd("NOOP")
+
+
+def test_stop_ends_the_server_and_then_nothing_is_running():
+    with Server() as server:
+        client = Imap(server, "alice")
+        assert server.run("stop").returncode == 0
+        assert "* BYE" in client.ended()
+        server.process.wait(PATIENCE)
+        for command in (["status"], ["who"], ["stop"], ["kick", "alice"], ["reload"]):
+            done = server.run(*command)
+            assert done.returncode == 75 and not done.stdout and done.stderr, (command, done)
+        server.stop()
+
+
+def test_deliver_puts_a_message_where_it_belongs(server, user):
+    done = server.run("deliver", user, input=message("one"))
+    assert done.returncode == 0, done
+    [entry] = list(server.maildir(user))
+    assert entry["Subject"] == "one" and entry.get_subdir() == "new"
+    for wrong in ("../evil", "a/b", "", ".", "x\ty"):
+        assert server.run("deliver", wrong, input=message()).returncode not in (0, 1), wrong
+    assert not (server.dir / "evil").exists()
+
+
+def test_passwd_makes_entries_that_log_in():
+    with Server() as server:
+        lines = []
+        for scheme in ([], ["SSHA512"], ["PBKDF2"], ["PLAIN"]):
+            done = server.run("passwd", *scheme, input=b"pass word\n")
+            assert done.returncode == 0, done
+            entry = done.stdout.decode().strip()
+            assert entry.startswith("{" + (scheme[0] if scheme else "")), entry
+            lines.append(f"u{len(lines)}:{entry}\n")
+        assert server.run("passwd", "ROT13", input=b"x\n").returncode == 64
+        with (server.dir / "users").open("a") as users:
+            users.writelines(lines)
+        for number in range(len(lines)):
+            with Imap(server) as client:
+                client.cmd(f'LOGIN u{number} "pass wOrd"', "NO")
+                client.cmd(f'LOGIN u{number} "pass word"')
+
+
+def test_n_shows_what_differs_from_the_defaults_and_can_be_read_back(tmp_path):
+    file = tmp_path / "c"
+    file.write_text(
+        "imap_idle_notify_interval = 5 mins\nverbose_proctitle = yes\n"
+        "service imap {\n  client_limit = 7 # few\n}\nmail_location = 'maildir:a # b/%u'\n"
+    )
+    said = program("-c", file, "-n").stdout.decode()
+    assert "imap_idle_notify_interval = 5 mins" in said and "client_limit = 7" in said
+    assert "verbose_proctitle" not in said
+    file.write_text(said)
+    again = program("-c", file, "-n")
+    assert again.returncode == 0 and again.stdout.decode() == said
+
+
+BAD_CONFIGURATIONS = [
+    ("nonsense = 1", 1), ("\nimap_hibernate_timeout = soon", 2), ("imap_hibernate_timeout = 30", 1),
+    ("imap_hibernate_twin = maybe", 1), ("service imap {\n client_limit = many\n}", 2),
+    ("service imap {\n client_limit = 0\n}", 2), ("service imap {\n client_limit = 1\n", 0),
+    ("}", 1), ("service nonsense {\n}", 1), ("service imap\n{\n}", 1), ("just words", 1),
+    ("service imap {\n nonsense = 1\n}", 2), ("base_dir = 'open", 1),
+    ("service imap-login {\n inet_listener x {\n  port = 99999\n }\n}", 3),
+    ("service imap-login {\n inet_listener x {\n  address = nowhere\n }\n}", 3),
+    ("service imap-login {\n inet_listener x {\n  reuse_port = yes\n }\n}", 3),
+    ("service imap-login {\n process_min_avail = 9\n}", 2), (f"base_dir = /{'x' * 120}", 1),
+    ("imap_max_line_length = huge", 1), ("mail_location = mbox:x", 1), ("\x00", 1),
+    ("service imap {\n inet_listener x {\n }\n}", 2), ("base_dir = x\nbase_dir", 2),
+    ("service imap {\n user = nobody-of-that-name\n}", 2),
+]  # fmt: skip
+
+
+@table("text, line", BAD_CONFIGURATIONS)
+def test_a_bad_configuration_is_named_by_file_and_line_and_nothing_is_started(tmp_path, text, line):
+    file = tmp_path / "c"
+    file.write_text(text)
+    for arguments in (["--check"], []):
+        done = program("-c", file, *arguments, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (78, b"")
+        [said] = done.stderr.decode().splitlines()
+        assert re.match(rf"{file}:{line or '[0-9]+'}: \S", said), said
+    assert [x.name for x in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_file_that_is_not_there_or_not_text_is_a_bad_configuration(tmp_path):
+    assert program("-c", tmp_path / "none", "--check").returncode == 78
+    (tmp_path / "c").write_bytes(b"\xff\xfe")
+    assert program("-c", tmp_path / "c", "--check").returncode == 78
+
+
+def test_what_is_not_permitted_is_said_with_exit_status_77():
+    """As an ordinary user, in a directory that is not the user's."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="hb-", dir="/tmp"))
+        stack.callback(shutil.rmtree, folder)
+        shutil.copy(PROGRAM, folder / "hibernate.py")
+        (folder / "c").write_text("service imap-login {\n inet_listener x {\n  port = 0\n }\n}\n")
+        (folder / "users").touch()
+        folder.chmod(0o555)
+        stack.callback(folder.chmod, 0o755)
+        demoted = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+        python = "/usr/bin/python3" if demoted else sys.executable  # root's own may be out of reach
+        if subprocess.call([python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]):
+            pytest.skip("no Python that an ordinary user may run")
+        done = subprocess.run(
+            [python, "hibernate.py", "-c", "c"], cwd=folder, capture_output=True,
+            timeout=PATIENCE, **demoted,
+        )
+        assert done.returncode == 77 and len(done.stderr.splitlines()) == 1, done
+
+
+def test_the_example_configuration_is_right_and_names_every_setting(hibernate, tmp_path):
+    example = HERE / "hibernate.conf.example"
+    done = program("-c", example, "--check", cwd=tmp_path)
+    assert done.returncode == 0, done
+    shown = program("-c", example, "-n").stdout.decode().splitlines()
+    assert not "".join(shown).replace(shown[0], ""), "the example shows the defaults"
+    assert not list(tmp_path.iterdir())
+    text = example.read_text()
+    tables = [v for v in vars(hibernate).values() if isinstance(v, tuple) and v]
+    rows = [*itertools.chain(*tables), *hibernate.PROGRAM.settings]
+    names = {row.name.replace("@", "imap_") for row in rows if isinstance(row, hibernate.Setting)}
+    assert len(names) >= 20
+    for name in names:
+        assert re.search(rf"(?m)^\s*#?\s*{name} = ", text), name
+
+
+# ------------------------------------------------------------------------------------------------
+# 8  Bad input
+# ------------------------------------------------------------------------------------------------
+
+BAD_COMMANDS = [
+    "FROB", "", "NOOP now", "FETCH", "FETCH 1", "FETCH x FLAGS", "FETCH 0 FLAGS",
+    "FETCH 1 NONSENSE", "FETCH 1 BODY[", "FETCH 1 (FLAGS", "FETCH 1 BODY[]<1>", "STORE 1", "STORE 1 FLAGS", "SELECT",
+    'SELECT "INBOX', "SELECT INBOX extra", "STATUS INBOX", "STATUS INBOX ()", "STATUS INBOX (X)",
+    "SEARCH", "SEARCH NONSENSE", "SEARCH (", "SEARCH SINCE 99-Foo-2000", "COPY 1", "APPEND INBOX",
+    "UID FROB", "UID", "AUTHENTICATE PLAIN x", "FETCH 4294967296 FLAGS", "FETCH 1:2:3 FLAGS",
+    "SEARCH " + "(" * 4000, "FETCH 1 " + "(" * 4000, "FETCH 1 BODY[" + "1." * 4000 + "1",
+    "STORE 1 FLAGS (\\Nonsense(", "LIST", 'LIST "" {3', "FETCH " + "9" * 5000 + " FLAGS",
+]  # fmt: skip
+
+
+@table("text", BAD_COMMANDS)
+def test_a_malformed_command_is_bad_with_a_reason_and_the_session_goes_on(server, text):
+    with Imap(server, "user99") as client:
+        deliver_once(server, "user99")
+        client.cmd("SELECT INBOX")
+        [*_, line] = client.cmd(text, "BAD ")
+        assert len(line) > len("a3 BAD ") + 3
+        client.cmd("NOOP")
+
+
+def deliver_once(server, user):
+    if not len(server.maildir(user)):
+        deliver_by_hand(server.home(user))
+
+
+@table("text", [b"\r\n", b"nonsense\r\n", b"\x00\xff\r\n", b"* OK\r\n", b") NOOP\r\n"])
+def test_a_line_without_a_tag_is_bad_before_and_after_log_in(server, text):
+    for user in ("", "user98"):
+        with Imap(server, user) as client:
+            client.send(text)
+            assert re.match(r"\S+ BAD ", client.line())
+            client.cmd("NOOP")
+
+
+def test_what_needs_a_log_in_is_refused_before_it(server):
+    for text in ("SELECT INBOX", "FETCH 1 FLAGS", 'LIST "" "*"', "IDLE", "EXPUNGE"):
+        with Imap(server) as client:
+            client.cmd(text, "BAD")
+            assert client.cmd("LOGOUT")[0].startswith("* BYE")
+
+
+def test_a_wrong_password_is_answered_late_and_holds_up_nobody():
+    with Server("auth_failure_delay = 1 s") as server:
+        for wrong in ("alice wrong", "nobody secret", 'alice ""'):
+            with Imap(server) as client, Imap(server) as other:
+                start = time.monotonic()
+                client.send(f"x LOGIN {wrong}\r\n")
+                other.cmd(f"LOGIN bob {server.password}")
+                assert time.monotonic() - start < 0.9
+                assert client.line().startswith("x NO [AUTHENTICATIONFAILED]")
+                assert time.monotonic() - start >= 1
+                client.cmd(f"LOGIN alice {server.password}")
+
+
+@table("text", ["x", "!!!!", "*", "YWxpY2U=", "AAA=", plain("alice", "wrong"),
+                base64.b64encode(b"bob\0alice\0secret").decode()])
+def test_a_wrong_authenticate_is_refused_in_either_form(server, text):
+    for initial in (True, False):
+        with Imap(server) as client:
+            client.send(f"x AUTHENTICATE PLAIN {text if initial else ''}".rstrip() + "\r\n")
+            if not initial:
+                client.until(r"^\+")
+                client.send(text + "\r\n")
+            assert re.match("x (NO|BAD) ", client.line())
+            client.cmd("NOOP")
+
+
+def test_too_long_lines_and_literals_are_bad_and_memory_stays_bounded():
+    with Server("mail_max_message_size = 1 M") as server:
+        pids = server.processes()
+        before = sum(proc_bytes(pid, "Rss") for pid in pids)
+        for user in ("", "alice"):
+            for data in (b"x" * 10_000_000, b"x NOOP " + b"y" * 200_000 + b"\r\n"):
+                client = Imap(server, user)
+                with contextlib.suppress(ConnectionError):
+                    client.send(data)
+                assert re.match(r"\S+ (BAD|BYE)", client.line())
+                client.close()
+            for text in ("LOGIN {99999999}", "LOGIN {70000}", "SELECT {99999999999999999999}"):
+                with Imap(server, user) as client:
+                    client.cmd(text, "BAD")
+                    client.cmd("NOOP")
+        with Imap(server, "alice") as client:
+            client.cmd("APPEND INBOX {99999999}", "NO|BAD")
+            client.cmd("NOOP")
+            client.send("x APPEND INBOX {4000000+}\r\n" + "y" * 4_000_000 + "\r\n")
+            assert re.match(r"x (NO|BAD)", client.line())
+            client.cmd("NOOP")
+        assert sum(proc_bytes(pid, "Rss") for pid in pids) - before < 8 * 2**20
+
+
+def test_a_client_that_never_reads_costs_no_memory_and_harms_nobody():
+    with Server() as server, Imap(server, "bob") as other:
+        server.maildir("alice").add(message("x", "0123456789\r\n" * 100_000))
+        silent = Imap(server, "alice")
+        silent.cmd("SELECT INBOX")
+        [worker] = server.pids("imap")
+        before = proc_bytes(worker, "Rss")
+        for number in range(50):
+            silent.send(f"x{number} FETCH 1 BODY.PEEK[]\r\n")
+        for _ in range(50):
+            other.cmd("NOOP")
+        assert proc_bytes(worker, "Rss") - before < 16 * 2**20
+        silent.close()
+        eventually(lambda: {row["user"] for row in server.who()} == {"bob"})
+
+
+def test_a_user_name_that_leaves_its_folder_is_refused_even_with_a_passwd_entry():
+    bad = ["../alice", "..", ".", "a/../b", "/etc", ".hidden", "a/b", "%u", "a%", "x\x01", "", "a\0b"]
+    odd = ["\u00fc", "a" * 200, "~root", "x@example.org", "a.b", "a'b", "*"]  # may or may not
+    settings = "auth_failure_delay = 1 msecs"
+    with Server(settings, users=["alice", *bad, *odd], allow="users") as server:
+        for name in bad + odd:
+            with Imap(server) as client:
+                data = name.encode()
+                client.send(b"x LOGIN {%d+}\r\n%s secret\r\n" % (len(data), data))
+                said = client.until("^x ")[-1]
+                assert said.startswith("x NO" if name in bad else "x "), (name, said)
+                client.cmd("SELECT INBOX", "OK" if said.startswith("x OK") else "BAD")
+                assert said.startswith("x NO") or server.home(name).is_dir(), name
+        homes = set(map(str, odd))
+        assert {x.name for x in (server.dir / "mail").iterdir()} <= homes
+        made = {x.name for x in server.dir.iterdir()}
+        assert made <= {"users", "hibernate.conf", "log", "hibernate.run", "mail"}, made
+
+
+@table("name", ["../bob", "..", ".", "/etc/passwd", "a/../../bob", ".hidden", "a..b", "x\x01y",
+                "Trash.", "a" * 300, "~bob", "x/", "&Jjo", "a\x00b"])
+def test_a_mailbox_name_that_leaves_its_folder_is_refused(server, user, name):
+    with Imap(server, user) as client:
+        server.maildir(user)
+        before = sorted(p.name for p in server.home(user).iterdir())
+        data = name.encode()
+        for command in (b"SELECT ", b"EXAMINE ", b"STATUS ", b"APPEND ", b"COPY 1 "):
+            more = {b"STATUS ": b" (MESSAGES)", b"APPEND ": b" {3+}\r\nabc"}.get(command, b"")
+            client.send(b"x %s{%d+}\r\n%s%s\r\n" % (command, len(data), data, more))
+            assert re.match("x (NO|BAD) ", client.until("^x ")[-1]), command
+        client.cmd("NOOP")
+        after = sorted(p.name for p in server.home(user).iterdir())
+        assert set(after) - set(before) <= {x for x in after if "hibernate" in x or "index" in x}
+
+
+def test_wrong_lines_of_a_passwd_file_are_named_and_the_others_work():
+    users = ["alice", "bob"]
+    with Server(users=users, allow="users:") as server:
+        server.stop()
+        server.process.stdout.close()
+        (server.dir / "users").write_text(
+            "# comment\n\nalice:{PLAIN}secret\nno colon\nx:{NOSUCH}y\nz:{SSHA512}!!!\n:{PLAIN}a\n"
+            f"b\xffd:{{PLAIN}}x\nbob:{{PLAIN}}secret:1000:1000::{server.dir}/home::\n"
+        )
+        server.start()
+        for user in users:
+            with Imap(server, user) as client:
+                client.cmd("SELECT INBOX")
+        assert (server.dir / "home" / "cur").is_dir(), "the home that the entry names"
+        for wrong in ("x y", "z a"):
+            with Imap(server) as client:
+                client.cmd(f"LOGIN {wrong}", "NO")
+        for line in (4, 5, 6, 7):
+            assert re.search(rf"users:{line}\b", server.log()), (line, server.log())
+        (server.dir / "users").unlink()
+        with Imap(server) as client:
+            client.cmd("LOGIN alice secret", "NO")
+
+
+def test_a_home_that_can_not_be_made_is_answered_and_logged():
+    with Server("auth_failure_delay = 1 msecs", allow="/proc") as server:
+        with (server.dir / "users").open("a") as users:
+            users.write("carol:{PLAIN}secret:1000:1000::/proc/none::\n")
+        with Imap(server) as client:
+            client.send("x LOGIN carol secret\r\ny SELECT INBOX\r\n")
+            assert re.search("^(x NO|y NO|\\* BYE)", client.until("^(x NO|y |\\* BYE)")[-1])
+        assert "/proc/none" in server.log() and "Traceback" not in server.log()
+        with Imap(server, "alice") as client:
+            client.cmd("SELECT INBOX")
+
+
+# ------------------------------------------------------------------------------------------------
+# 9  The benchmark
+#
+# Clients live in processes of their own (a `Fleet` each: raw sockets, one epoll, an address of
+# 127.0.0.x each), so that they are not what is measured: CPU is what the server's processes used,
+# by /proc/PID/schedstat and the stat line of those that have ended; memory is smaps_rollup's.
+# ------------------------------------------------------------------------------------------------
+
+FLEET_SIZE = 9000  # clients of one process: below any usual descriptor limit, and 28,000 ports
+
+
+class Dovecot(Server):
+    """Debian's Dovecot 2.3 behind the same harness: as root, one imap process a session."""
+
+    brand = "dovecot"
+
+    def __init__(self, sessions, timeout="1s", users=("alice",)):
+        self.sessions, self.timeout = sessions, timeout
+        with socket.create_server(("127.0.0.1", 0)) as probe:  # Dovecot takes port 0 for "none"
+            self.wanted = probe.getsockname()[1]
+        super().__init__(users=users)
+
+    def configure(self, settings, listener):
+        self.dir.chmod(0o755)
+        (self.dir / "mail").mkdir()
+        entries = []
+        for number, user in enumerate(self.users, 20000):  # a uid each: 128 inotify instances
+            self.home(user).mkdir()
+            os.chown(self.home(user), number, number)
+            account = f"{number}:{number}::{self.home(user)}"
+            entries.append(f"{user}:{{PLAIN}}{self.password}:{account}\n")
+        (self.dir / "users").write_text("".join(entries))
+        self.configuration.write_text(f"""
+            base_dir = {self.dir}/run
+            state_dir = {self.dir}/state
+            log_path = {self.dir}/dovecot.log
+            protocols = imap
+            listen = 127.0.0.1
+            ssl = no
+            disable_plaintext_auth = no
+            verbose_proctitle = yes
+            mail_location = maildir:{self.dir}/mail/%u
+            mail_fsync = never
+            imap_hibernate_timeout = {self.timeout}
+            passdb {{
+              driver = passwd-file
+              args = username_format=%u {self.dir}/users
+            }}
+            userdb {{
+              driver = passwd-file
+              args = username_format=%u {self.dir}/users
+            }}
+            default_client_limit = 50000
+            default_vsz_limit = 4 G
+            mail_max_userip_connections = 0
+            service imap-login {{
+              service_count = 0
+              client_limit = 2000
+              process_min_avail = 2
+              inet_listener imap {{
+                port = {self.wanted}
+              }}
+              inet_listener imaps {{
+                port = 0
+              }}
+            }}
+            service imap {{
+              process_limit = {self.sessions + 1000}
+              unix_listener imap-master {{
+                user = dovecot
+              }}
+            }}
+            service imap-hibernate {{
+              client_limit = 9900
+              process_min_avail = 1
+              unix_listener imap-hibernate {{
+                mode = 0666
+              }}
+            }}
+            """)
+
+    def command(self):
+        return ["dovecot", "-F", "-c", str(self.configuration)]
+
+    def wait_ready(self):
+        self.port = self.wanted
+        with Imap(eventually(self.answers)):
+            return []
+
+    def answers(self):
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", self.port)).close()
+            return self.port
+
+    def log(self):
+        path = self.dir / "dovecot.log"
+        return path.read_text() if path.exists() else ""
+
+    def owner(self, user):
+        return (20000 + self.users.index(user),) * 2
+
+
+class Client:
+    """One raw connection of a fleet and what it is to say next."""
+
+    __slots__ = ("user", "socket", "script", "input", "began")
+
+    def __init__(self, user):
+        self.user, self.socket, self.script, self.input, self.began = user, None, None, b"", 0.0
+
+
+class Fleet:
+    """Some thousand clients in one process; takes orders from a pipe, one at a time."""
+
+    def __init__(self, pipe, address, port, users, password):
+        self.pipe, self.address, self.port, self.password = pipe, address, port, password
+        self.epoll = select.epoll()
+        self.clients = [Client(user) for user in users]
+        self.open = {}
+
+    def serve(self):
+        while order := self.pipe.recv():
+            name, *arguments = order
+            self.pipe.send(("answer", getattr(self, name)(*arguments)))
+
+    def connect(self, client):
+        client.socket = socket.socket()
+        client.socket.bind((self.address, 0))
+        client.socket.connect(("127.0.0.1", self.port))
+        client.socket.setblocking(False)
+        client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.open[client.socket.fileno()] = client
+        self.epoll.register(client.socket.fileno(), select.EPOLLIN)
+
+    def say(self, client):
+        """The first line of the client's script; what it says back is matched from here on."""
+        line = client.script[0][0].replace(b"%u", client.user.encode())
+        client.input = b""
+        if line:
+            client.socket.send(line.replace(b"%p", self.password.encode()))
+
+    def drop(self, client):
+        del self.open[client.socket.fileno()]
+        client.socket.close()
+        client.socket = None
+
+    def run(self, members, script, window, deadline, report=""):
+        """Each member says every line of the script and waits for what must follow; at most
+        `window` at once. Returns (seconds of each, lost, seconds of all)."""
+        waiting = collections.deque(members)
+        busy, taken, lost, start = set(), [], 0, time.monotonic()
+        shown, end = start, start + deadline
+        while (waiting or busy) and time.monotonic() < end:
+            while waiting and len(busy) < window:
+                client = waiting.popleft()
+                client.script, client.began = list(script), time.monotonic()
+                busy.add(client)
+                try:
+                    if client.socket is None:
+                        self.connect(client)
+                    self.say(client)
+                except OSError:
+                    lost += 1
+                    busy.discard(client)
+                    if client.socket:
+                        self.drop(client)
+            for fd, _ in self.epoll.poll(0.2):
+                client = self.open[fd]
+                try:
+                    data = client.socket.recv(65536)
+                except OSError:
+                    data = b""
+                if not data:
+                    self.drop(client)
+                    lost += client in busy
+                    busy.discard(client)
+                elif client in busy:
+                    client.input += data
+                    self.advance(client, busy, taken)
+            if report and time.monotonic() - shown > 1:
+                shown = time.monotonic()
+                self.pipe.send(("progress", f"{report} {len(taken)}"))
+        return taken, lost + len(busy) + len(waiting), time.monotonic() - start
+
+    def advance(self, client, busy, taken):
+        try:
+            if re.search(client.script[0][1], client.input):
+                client.script.pop(0)
+                if client.script:
+                    self.say(client)
+                else:
+                    taken.append(time.monotonic() - client.began)
+                    busy.discard(client)
+        except OSError:
+            pass  # the hang-up that follows is counted
+
+    # the orders
+
+    def drain(self, seconds=0.0):
+        """Read what was said unasked (keepalives, EXISTS); the number that are still connected."""
+        self.run([], [], 1, 0)
+        end = time.monotonic() + seconds
+        while (events := self.epoll.poll(max(0, end - time.monotonic()))) or time.monotonic() < end:
+            for fd, _ in events:
+                try:
+                    data = self.open[fd].socket.recv(65536)
+                except OSError:
+                    data = b""
+                if not data:
+                    self.drop(self.open[fd])
+        return len(self.open)
+
+    def script(self, first, last, lines, window, deadline, report=""):
+        members = [x for x in self.clients[first:last] if x.socket or lines[0][1] == rb"^\* OK"]
+        return self.run(members, lines, window, deadline, report)
+
+    def mail(self, homes, deadline):
+        """A message for one user after the other; all of the user's clients must hear of it."""
+        taken, lost, start = [], 0, time.monotonic()
+        for user, (home, owner) in homes.items():
+            members = [x for x in self.open.values() if x.user == user]
+            deliver_by_hand(home, None, owner)
+            seconds, missing, _ = self.run(members, [(b"", rb"EXISTS")], 1 << 20, 10)
+            taken, lost = taken + seconds, lost + missing
+            if time.monotonic() - start > deadline:
+                break
+        return taken, lost, time.monotonic() - start
+
+
+LOG_IN = [
+    (b"", rb"^\* OK"), (b"a LOGIN %u %p\r\n", rb"(?m)^a OK"),
+    (b"b SELECT INBOX\r\n", rb"(?m)^b OK"), (b"c IDLE\r\n", rb"(?m)^\+ "),
+]
+IDLE = [(b"c IDLE\r\n", rb"(?m)^\+ ")]
+DONE = [(b"DONE\r\n", rb"(?m)^c OK")]
+DONE_IDLE = [(b"DONE\r\nc IDLE\r\n", rb"(?ms)^c OK.*^\+ ")]
+NOOP = [(b"DONE\r\nd NOOP\r\n", rb"(?m)^d OK")]
+
+
+def proc_bytes(pid, *names):
+    """Bytes by smaps_rollup: the sum of the named rows."""
+    rows = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(1024 * int(x) for x in re.findall(rf"(?m)^(?:{'|'.join(names)}):\s+(\d+)", rows))
+
+
+class Meter:
+    """What the processes of one server use."""
+
+    def __init__(self, server):
+        self.server = server
+
+    def cpu(self):
+        """Seconds of CPU so far, those of ended children included."""
+        total, tick = 0.0, os.sysconf("SC_CLK_TCK")
+        for pid in self.server.processes():
+            with contextlib.suppress(OSError):
+                total += int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+                fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
+                total += (int(fields[13]) + int(fields[14])) / tick
+        return total
+
+    def pss(self):
+        total = 0
+        for pid in self.server.processes():
+            with contextlib.suppress(OSError):
+                total += proc_bytes(pid, "Pss")
+        return total
+
+    def keeper(self):
+        """(processes, private bytes, descriptors) of the keepers, without their twins."""
+        pids = self.server.pids("imap-hibernate")
+        private = sum(proc_bytes(pid, "Private_Clean", "Private_Dirty") for pid in pids)
+        return len(pids), private, sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+
+
+class Bench:
+    """One run: a server, its fleets, and the rows they yield."""
+
+    def __init__(self, brand, options):
+        self.brand, self.options, self.rows = brand, options, {}
+        self.users = [f"u{n}" for n in range(options.users or max(1, options.sessions // 5))]
+        self.end = time.monotonic() + options.time
+        self.fleets = []
+
+    def note(self, text):
+        if sys.stderr.isatty():
+            print(f"\r\033[K{self.brand}: {text}", end="", file=sys.stderr, flush=True)
+
+    def left(self, most):
+        return max(1.0, min(most, self.end - time.monotonic()))
+
+    def row(self, name, value):
+        self.rows[name] = value
+        self.note("")
+        print(f"{self.brand}: {name}: {value}", file=sys.stderr, flush=True)
+
+    def server(self, timeout):
+        if self.brand == "dovecot":
+            return Dovecot(self.options.sessions, timeout, self.users)
+        limits = {"imap-login": 4000, "imap": 400, "imap-hibernate": self.options.client_limit}
+        spare = {"imap-login": 2, "imap-hibernate": 1}
+        settings = "".join(
+            f"service {name} {{\n  client_limit = {limit}\n  idle_kill = 3 s\n"
+            f"  process_min_avail = {spare.get(name, 1)}\n}}\n"
+            for name, limit in limits.items()
+        )
+        return Server(f"imap_hibernate_timeout = {timeout}\n{settings}", self.users)
+
+    def start_fleets(self, port, sessions):
+        context = multiprocessing.get_context("fork")
+        count = min(len(self.users), -(-sessions // FLEET_SIZE))
+        for number in range(count):
+            indexes = (n % len(self.users) for n in range(sessions))
+            mine = [self.users[n] for n in indexes if n % count == number]
+            ours, theirs = context.Pipe()
+            fleet = Fleet(theirs, f"127.0.0.{10 + number}", port, mine, Server.password)
+            process = context.Process(target=fleet.serve, daemon=True)
+            process.start()
+            theirs.close()
+            self.fleets.append((ours, process, len(mine)))
+
+    def stop_fleets(self):
+        for pipe, process, _ in self.fleets:
+            pipe.close()
+            process.terminate()
+            process.join(10)
+        self.fleets = []
+
+    def order(self, name, *arguments, each=None, watch=None):
+        """Give all fleets one order at once; their answers. `watch()` is called while they work."""
+        for number, (pipe, _, _) in enumerate(self.fleets):
+            pipe.send((name, *(each(number) if each else arguments)))
+        answers, waiting = [], [pipe for pipe, _, _ in self.fleets]
+        while waiting:
+            for pipe in multiprocessing.connection.wait(waiting, 0.5):
+                kind, value = pipe.recv()
+                if kind == "answer":
+                    answers.append(value)
+                    waiting.remove(pipe)
+                else:
+                    self.note(f"{value} …")
+            if watch:
+                watch()
+        return answers
+
+    def talk(self, lines, window, deadline, first=0, last=None, report="", watch=None):
+        """A script for all fleets: (seconds of each client, lost, seconds of all)."""
+        answers = self.order(
+            "script", first, last, lines, window, self.left(deadline), report, watch=watch
+        )
+        taken = [x for answer in answers for x in answer[0]]
+        return taken, sum(x[1] for x in answers), max(x[2] for x in answers)
+
+    def all_asleep(self, deadline=120):
+        """Wait until every connected client sleeps; False if that does not come true."""
+        end = time.monotonic() + self.left(deadline)
+        while (asleep := self.live.asleep()) < (connected := sum(self.order("drain"))):
+            self.note(f"asleep {asleep} of {connected} …")
+            if time.monotonic() > end:
+                return False
+            self.order("drain", 0.3)
+        return True
+
+    def latency(self, name, taken, cpu):
+        if taken:
+            taken = sorted(taken)
+            self.row(f"{name}, p50 ms", round(1000 * statistics.median(taken), 3))
+            self.row(f"{name}, p99 ms", round(1000 * taken[int(len(taken) * 0.99)], 3))
+            self.row(f"{name}, CPU ms", round(1000 * cpu / len(taken), 3))
+
+    def spent(self, work, *arguments, **options):
+        before = self.meter.cpu()
+        answer = work(*arguments, **options)
+        return answer, self.meter.cpu() - before
+
+    # the phases
+
+    def measure(self):
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.stop_fleets)
+            if not self.options.quick:
+                self.awake()
+            self.live = stack.enter_context(self.server("1 s"))
+            self.meter = Meter(self.live)
+            self.start_fleets(self.live.port, self.options.sessions)
+            for phase in (
+                self.log_in, self.memory, self.idle, self.done, self.wake, self.by_mail,
+                self.done_idle, self.stampede, self.reload,
+            ):
+                if time.monotonic() < self.end:
+                    try:
+                        phase()
+                    except (AssertionError, OSError, EOFError) as error:
+                        self.row(f"{phase.__name__} failed", repr(error)[:60])
+            self.row("errors in the log", len(self.live.errors()))
+            self.stop_fleets()
+        return self.rows
+
+    def awake(self):
+        with self.server("0") as self.live:
+            self.meter, sessions = Meter(self.live), min(200, self.options.sessions)
+            self.start_fleets(self.live.port, sessions)
+            before = self.meter.pss()
+            _, lost, _ = self.talk(LOG_IN, 16, 60)
+            grown = self.meter.pss() - before
+            self.row("a session awake, KB PSS", round(grown / 1024 / max(1, sessions - lost), 1))
+            self.stop_fleets()
+
+    def log_in(self):
+        self.empty = self.meter.keeper()
+        self.empty_pss = self.meter.pss()
+        window = max(1, 64 // len(self.fleets))
+        (taken, lost, seconds), cpu = self.spent(self.talk, LOG_IN, window, 3600, report="log-in")
+        self.row("logged in", len(taken))
+        self.row("lost at log-in", lost)
+        self.row("log-in, SELECT, IDLE: sessions/s", round(len(taken) / seconds))
+        self.row("log-in, SELECT, IDLE: CPU ms", round(1000 * cpu / max(1, len(taken)), 2))
+
+    def memory(self):
+        self.row("all asleep", self.all_asleep(300))
+        # processes that were only needed for the log-ins go first, so that sleepers are measured
+        pss, end = self.meter.pss(), time.monotonic() + self.left(20)
+        while time.monotonic() < end and self.brand == "hibernate":
+            if len(self.live.pids("imap")) <= 1:
+                break
+            self.order("drain", 0.5)
+        asleep = max(1, self.live.asleep())
+        keepers, private, descriptors = self.meter.keeper()
+        base = keepers / max(1, self.empty[0])
+        pss = self.meter.pss()
+        self.row("asleep", asleep)
+        self.row("keepers", keepers)
+        grown = private - self.empty[1] * base
+        self.row("a sleeper, keeper's private bytes", round(grown / asleep))
+        self.row("a sleeper, all processes' PSS bytes", round((pss - self.empty_pss) / asleep))
+        self.row("a sleeper, descriptors", round((descriptors - self.empty[2] * base) / asleep, 2))
+
+    def idle(self):
+        before, start = self.meter.cpu(), time.monotonic()
+        self.note(f"idle for {self.options.idle} s …")
+        self.order("drain", self.left(self.options.idle))
+        used = (self.meter.cpu() - before) / (time.monotonic() - start)
+        self.row("idle CPU, % of a core", round(100 * used, 3))
+
+    def sample(self, name, lines, back, size=300, batch=2000):
+        """Latency one at a time, then CPU of many; `back` takes each into IDLE again."""
+        taken, _, _ = self.talk(lines, 1, 60, 0, max(1, size // len(self.fleets)))
+        first = size // len(self.fleets)
+        last = first + batch // len(self.fleets)
+        (many, lost, _), cpu = self.spent(self.talk, lines, 8, 120, first, last)
+        if not many:  # few sessions: the sample itself has to do
+            self.talk(back, 8, 60)
+            self.all_asleep()
+            (many, lost, _), cpu = self.spent(self.talk, lines, 8, 120)
+        self.latency(name, taken, cpu * len(taken) / max(1, len(many)))
+        self.talk(back, 8, 60, 0, last if len(many) else None)
+        self.row(f"{name}, lost", lost)
+        self.all_asleep()
+
+    def done(self):
+        self.sample("DONE of a sleeper", DONE, IDLE)
+
+    def wake(self):
+        self.sample("full wake by a command", NOOP, IDLE)
+
+    def by_mail(self):
+        def part(number):
+            mine = self.users[number :: len(self.fleets)][: 200 // len(self.fleets)]
+            return {user: (self.live.home(user), self.live.owner(user)) for user in mine}, 60
+
+        def cycle():
+            answers = self.order("mail", each=part)
+            self.all_asleep()
+            return answers
+
+        answers, cpu = self.spent(cycle)
+        taken = [x for answer in answers for x in answer[0]]
+        self.latency("wake by mail (CPU: and back to sleep)", taken, cpu)
+        self.row("wake by mail, lost", sum(x[1] for x in answers))
+
+    def done_idle(self):
+        rounds = max(1, 5000 // self.options.sessions)
+        (taken, _, _), cpu = self.spent(self.talk, DONE_IDLE * rounds, 8, 60, 0, 5000)
+        each = 1000 * cpu / max(1, len(taken) * rounds)
+        self.row("DONE + IDLE in one packet, CPU ms", round(each, 4))
+        self.all_asleep()
+
+    def stampede(self):
+        """All wake at once by a command."""
+        peak = [self.meter.pss()]
+        looked = [time.monotonic()]
+
+        def look():
+            if time.monotonic() - looked[0] > 1:
+                peak.append(self.meter.pss())
+                looked[0] = time.monotonic()
+
+        before = sum(self.order("drain"))
+        taken, _, seconds = self.talk(NOOP, 1 << 20, 120, report="woken", watch=look)
+        self.row("all wake at once: seconds", round(seconds, 1))
+        self.row("all wake at once: lost", before - len(taken))
+        self.row("all wake at once: peak MB PSS", round(max(*peak, self.meter.pss()) / 2**20))
+        self.talk(IDLE, 64, 60)
+        self.all_asleep()
+
+    def reload(self):
+        """SIGHUP with all asleep, until no process of the old generation is left."""
+        old = {*self.live.pids("imap-hibernate"), *self.live.pids("imap")}
+        connected, start = sum(self.order("drain")), time.monotonic()
+        self.live.process.send_signal(signal.SIGHUP)
+        end = start + self.left(60)
+        while old & set(self.live.processes()) and time.monotonic() < end:
+            self.order("drain", 0.05)
+        seconds = time.monotonic() - start
+        gone = not old & set(self.live.processes())
+        self.row("reload: seconds", round(seconds, 2) if gone else "over 60")
+        self.row("reload: lost", connected - sum(self.order("drain", 0.5)))
+
+
+def bench(arguments):
+    parser = argparse.ArgumentParser(prog="test_hibernate.py bench")
+    parser.add_argument("--sessions", type=int, default=1000)
+    parser.add_argument("--users", type=int, default=0, help="default: a fifth of the sessions")
+    parser.add_argument("--client-limit", type=int, default=19000, help="sessions of one keeper")
+    parser.add_argument("--idle", type=float, default=30, help="seconds of the idle measurement")
+    parser.add_argument("--time", type=float, default=900, help="seconds, at most, for a server")
+    parser.add_argument("--dovecot", action="store_true", help="Debian's Dovecot beside it (root)")
+    parser.add_argument("--only-dovecot", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="without the second server awake")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    Server.loud = False
+    brands = [] if options.only_dovecot else ["hibernate"]
+    brands += ["dovecot"] if options.dovecot or options.only_dovecot else []
+    if "dovecot" in brands and not shutil.which("dovecot"):
+        parser.error("there is no dovecot here: apt-get install -y dovecot-imapd")
+    if "dovecot" in brands and os.geteuid():
+        parser.error("dovecot has to be started as root")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    columns = {brand: Bench(brand, options).measure() for brand in brands}
+    if options.json:
+        print(json.dumps({"sessions": options.sessions, **columns}, indent=1))
+        return
+    print(f"\n{options.sessions} sessions".ljust(45) + "".join(x.rjust(14) for x in brands))
+    for name in dict.fromkeys(name for rows in columns.values() for name in rows):
+        values = (str(columns[brand].get(name, "-")) for brand in brands)
+        print(name.ljust(44) + "".join(value.rjust(14) for value in values))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["bench"]:
+        sys.exit("usage: python3 test_hibernate.py bench [--help]; the tests: python3 -m pytest")
+    bench(sys.argv[2:])
