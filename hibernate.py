@@ -1,5 +1,40 @@
 #!/usr/bin/env python3
-"""hibernate: an IMAP server whose idle sessions sleep. (map to be written)"""
+"""hibernate.py: an IMAP server for Maildirs whose idle sessions sleep, in one file.
+
+    python3 hibernate.py            serves 127.0.0.1:1143, for a demo user with a made-up password
+    python3 hibernate.py --help     the commands; hibernate.conf.example explains every setting
+
+The one idea: a session is a descriptor plus a record. The descriptor is the client's socket, the
+record a few hundred bytes that say all the rest. Who holds both is the session's home, and homes
+change by one primitive, the hand-over of part 4.
+
+    client ──► imap-login ──────► imap ◄──────► imap-hibernate
+                   │ asks                       (a keeper: sleeps; wakes for input and for mail)
+                   ▼
+                 auth               master: opens the ports, forks, reaps; never holds a client
+
+The life of a session:
+ 1. The master has opened the listeners and forked the processes (7, Master).
+ 2. imap-login accepts (5, Service.accept_client) and greets (10, LoginSession).
+ 3. LOGIN: imap-login asks auth (10, AuthSession), which checks the password and answers with the
+    session's state, sealed for this very connection (4, seal).
+ 4. Descriptor and record go to imap (4, Mover; 5, Service.arriving), which says "OK Logged in".
+ 5. Commands run on a view of one mailbox (10, ImapSession, View; 8, Index; 9, Message).
+ 6. IDLE. At rest for imap_hibernate_timeout, the session is frozen (5, Client.record) and handed
+    to a keeper (6, Keeper.hold): 384 bytes and a key in the selector, no object.
+ 7. Mail stirs the Maildir (5, Watcher), or the client sends something (6, Keeper.peek). "DONE" and
+    "IDLE" the keeper answers by itself; for all else it hands the session back to imap.
+ 8. There it is thawed and looks for what has changed since (10, ImapSession.thaw, View).
+ 9. Reload, upgrade, or the master's death: each process hands its sessions to the same service of
+    the next generation (5, Service.drain), by the very same primitive.
+10. LOGOUT, an error or a farewell end it (5, Client.close; 6, Keeper.over): one line in the log.
+
+Parts 1 to 7 are an engine that knows no IMAP: subclass Session, describe the services as Roles of
+a Program, run Master(Config(program), ready).run().
+
+Left out on purpose: TLS (put a proxy in front), SORT, THREAD, ACL, QUOTA, COMPRESS, NOTIFY,
+CATENATE, system users, mbox, POP3, LMTP, sieve, replication.
+"""
 from __future__ import annotations
 
 import argparse
@@ -58,6 +93,10 @@ from functools import cached_property, partial
 from logging.handlers import WatchedFileHandler
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
+__all__ = [
+    "Ask", "Config", "ConfigError", "Master", "Move", "Pause", "Program", "Role", "Session",
+    "Setting", "main",
+]  # fmt: skip
 __version__ = "0.1"
 
 RECORD_VERSION = 1  # of what travels in a hand-over; what a process does not know it refuses
@@ -3453,16 +3492,51 @@ def extension(first: dict[bytes, bytes]) -> list[bytes]:
     if match := LANGUAGES.match(uncommented(first.get(b"content-language", b""))):
         languages = b"(%b)" % b" ".join(quoted(s.strip()) for s in match[1].split(b","))
     return [disposition, languages, quoted_field(first, b"content-location")]
+
+
 # ------------------------------------------------------------------------------------------------
-# 10a  Passwords
+# 10  IMAP
 #
+# A command is read whole (only APPEND's message goes to disk as it comes), looked up in a table,
+# parsed and executed; then the client is told what else has changed, where RFC 3501 7.4.1 allows
+# it. Whatever a client sends gets its tagged answer; there is no socket and no waiting in here.
+# What a session knows is its View and the tag of its IDLE: that is all that sleeps.
+# ------------------------------------------------------------------------------------------------
+
+CAPABILITY = "IMAP4rev1 LITERAL+ SASL-IR ID ENABLE IDLE"
+SYSTEM_FLAGS = "\\Answered \\Flagged \\Deleted \\Seen \\Draft"
+LOGIN_INPUT = 8 * 1024  # bytes of a command with its literals before log-in
+BAD_LIMIT = 10  # bad commands in a row until BYE; before log-in 3
+NESTING = 50  # levels of a SEARCH
+BATCH, BATCH_READ = 500, 25  # messages at a time: by the index alone; reading their files
+STAR = 2**32  # "*" in a sequence set
+
+ATOM = re.compile(rb'[^\x00-\x20\x7f-\xff(){%*"\\\]]+')
+ASTRING = re.compile(rb'[^\x00-\x20\x7f-\xff(){%*"\\]+')
+LIST_PATTERN = re.compile(rb'[^\x00-\x20\x7f-\xff(){"\\]+')
+QUOTED_STRING = re.compile(rb'"((?:[^"\\\r\n\x00]|\\["\\])*)"')
+LITERAL = re.compile(rb"\{(\d{1,18})(\+?)\}\r?\n")
+NUMBER = re.compile(rb"\d{1,18}")
+SET = re.compile(rb"[\d*:,]+")
+RANGE = re.compile(r"([1-9]\d{0,9}|\*)(?::([1-9]\d{0,9}|\*))?")
+FETCH_NAME = re.compile(rb"[A-Za-z0-9.]+")
+SECTION = re.compile(
+    rb"\[((?:[1-9]\d{0,8}\.)*[1-9]\d{0,8}(?=\])|(?:[1-9]\d{0,8}\.)*)"
+    rb"(HEADER\.FIELDS(?:\.NOT)?(?= )|(?:HEADER|TEXT|MIME|)(?=\]))", re.I)
+PARTIAL = re.compile(rb"<(\d{1,10})\.([1-9]\d{0,9})>")
+TAG = re.compile(rb"[!#$&',\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]{1,64}")
+SLEEPER_INPUT = re.compile(rb"(DONE\r?\n)?(?:(%b) IDLE\r?\n)?" % TAG.pattern, re.I)
+
+Ranges = list[tuple[int, int]]
+Step = Generator["bytes | Ask | Pause | Move", Any, str]
+
 # The auth service: one request for each log-in, answered with a ticket sealed for that client's
 # socket. Who asks faces the world and may be taken over, so no request is trusted, and a refusal
 # tells neither by its words nor by its time whether there is such a user.
-# ------------------------------------------------------------------------------------------------
 
 USER_NAME = re.compile(r"(?!\.)(?!.*\.\.)[a-z0-9._@-]{1,128}")  # becomes part of a path
 PBKDF2 = re.compile(r"\$1\$([^$]*)\$([1-9][0-9]{0,6})\$([0-9a-fA-F]{40})")
+REFUSED = "[AUTHENTICATIONFAILED] Authentication failed."
 PBKDF2_ROUNDS = 100_000  # 25 ms of a processor for each log-in; Dovecot's default is 5000
 
 
@@ -3577,10 +3651,10 @@ class AuthSession(Session):
             reply = self.log_in(*checked(request.decode(), (str,) * 5))
         except ValueError as error:  # its words may hold a password
             log.info("auth: request refused: %s", type(error).__name__)
-            reply = ["no", "Authentication failed."]
+            reply = ["no", REFUSED]
         except OSError as error:
             log.error("%s: %s", self.config.passwd_file, error.strerror)
-            reply = ["no", "Temporary authentication failure."]
+            reply = ["no", "[UNAVAILABLE] Temporary authentication failure."]
         yield compact(reply).encode()
         self.ended = "answered"
 
@@ -3593,44 +3667,10 @@ class AuthSession(Session):
         home = passwords.check(user, password)
         if home is None:
             log.info("<%s> auth: wrong password or no such user: %.64r", sid, name)
-            return ["no", "Authentication failed."]
+            return ["no", REFUSED]
         home = home if os.path.isabs(home) else home_of(self.config, user)
         return ["ok", user, *ticket(self.key, identity, sid, user, remote, home, [])]
-# ------------------------------------------------------------------------------------------------
-# 10  IMAP
-#
-# A command is read whole (only APPEND's message goes to disk as it comes), looked up in a table,
-# parsed and executed; then the client is told what else has changed, where RFC 3501 7.4.1 allows
-# it. Whatever a client sends gets its tagged answer; there is no socket and no waiting in here.
-# What a session knows is its View and the tag of its IDLE: that is all that sleeps.
-# ------------------------------------------------------------------------------------------------
 
-CAPABILITY = "IMAP4rev1 LITERAL+ SASL-IR ID ENABLE IDLE"
-SYSTEM_FLAGS = "\\Answered \\Flagged \\Deleted \\Seen \\Draft"
-LOGIN_INPUT = 8 * 1024  # bytes of a command with its literals before log-in
-BAD_LIMIT = 10  # bad commands in a row until BYE; before log-in 3
-NESTING = 50  # levels of a SEARCH
-BATCH, BATCH_READ = 500, 25  # messages at a time: by the index alone; reading their files
-STAR = 2**32  # "*" in a sequence set
-
-ATOM = re.compile(rb'[^\x00-\x20\x7f-\xff(){%*"\\\]]+')
-ASTRING = re.compile(rb'[^\x00-\x20\x7f-\xff(){%*"\\]+')
-LIST_PATTERN = re.compile(rb'[^\x00-\x20\x7f-\xff(){"\\]+')
-QUOTED_STRING = re.compile(rb'"((?:[^"\\\r\n\x00]|\\["\\])*)"')
-LITERAL = re.compile(rb"\{(\d{1,18})(\+?)\}\r?\n")
-NUMBER = re.compile(rb"\d{1,18}")
-SET = re.compile(rb"[\d*:,]+")
-RANGE = re.compile(r"([1-9]\d{0,9}|\*)(?::([1-9]\d{0,9}|\*))?")
-FETCH_NAME = re.compile(rb"[A-Za-z0-9.]+")
-SECTION = re.compile(
-    rb"\[((?:[1-9]\d{0,8}\.)*[1-9]\d{0,8}(?=\])|(?:[1-9]\d{0,8}\.)*)"
-    rb"(HEADER\.FIELDS(?:\.NOT)?(?= )|(?:HEADER|TEXT|MIME|)(?=\]))", re.I)
-PARTIAL = re.compile(rb"<(\d{1,10})\.([1-9]\d{0,9})>")
-TAG = re.compile(rb"[!#$&',\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]{1,64}")
-SLEEPER_INPUT = re.compile(rb"(DONE\r?\n)?(?:(%b) IDLE\r?\n)?" % TAG.pattern, re.I)
-
-Ranges = list[tuple[int, int]]
-Step = Generator["bytes | Ask | Pause | Move", Any, str]
 
 
 class BadCommand(Exception):
@@ -4403,12 +4443,12 @@ class LoginSession(CommandSession):
         yield f"* OK [CAPABILITY {self.capabilities()}] hibernate.py ready.\r\n".encode()
 
     def login(self, user: bytes, password: bytes) -> Step:
-        who = [text.decode("utf-8", "replace") for text in (user, password)]
+        who = [text.decode("utf-8", "surrogateescape") for text in (user, password)]
         request = json.dumps([self.identity, self.sid, self.remote, *who])
         reply = json.loads((yield Ask("auth", request.encode())) or "[]")
         if reply[:1] == ["no"]:
             yield Pause(self.config.auth_failure_delay)
-            return "NO [AUTHENTICATIONFAILED] Authentication failed."
+            return f"NO {reply[1]}"
         reason = "no answer from auth"
         if reply:
             self.user = reply[1]
@@ -5119,17 +5159,29 @@ def control(config: Config, options: argparse.Namespace) -> int:
     elif options.command == "kick":
         print(f"{sum(row['kicked'] for row in rows)} sessions ended")
     else:
+        for line in aligned([row for row in rows if "user" in row or "clients" in row]):
+            print(line)
         for row in rows:
-            print(show_row(row))
+            counts = {**row.get("counts", {}), **row.get("refusals", {})}
+            if counts:
+                told = ", ".join(f"{count} {what}" for what, count in counts.items())
+                print(f"{row['service']}[{row['pid']}]: {told}")
+            elif row.get("throttled"):
+                print(f"{row['service']}: throttled, no new process for {row['delay']:.0f} s")
     return 0
 
 
-def show_row(row: dict[str, Any]) -> str:
-    if "user" in row:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["since"]))
-        user = row["user"] or "-"
-        return f"{user} {row['service']} {row['pid']} {row['remote']} {since} {row['session']}"
-    return " ".join(f"{key}={value}" for key, value in row.items() if value not in ({}, None))
+def aligned(rows: list[dict[str, Any]]) -> list[str]:
+    """A table with a line of names on top."""
+    names = ("user", "service", "pid", "remote", "since", "session", "clients", "room")
+    table = [[name for name in names if rows and name in rows[0]]]
+    for row in rows:
+        if "since" in row:
+            row["since"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["since"]))
+        table.append([str(row[name]) or "-" for name in table[0]])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ("  ".join(map(str.ljust, cells, widths)) for cells in table)
+    return [line.rstrip() for line in lines]
 
 
 if __name__ == "__main__":
