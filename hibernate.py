@@ -5174,7 +5174,9 @@ def control(config: Config, options: argparse.Namespace) -> int:
 def aligned(rows: list[dict[str, Any]]) -> list[str]:
     """A table with a line of names on top."""
     names = ("user", "service", "pid", "remote", "since", "session", "clients", "room")
-    table = [[name for name in names if rows and name in rows[0]]]
+    if not rows:
+        return []
+    table = [[name for name in names if name in rows[0]]]
     for row in rows:
         if "since" in row:
             row["since"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["since"]))
