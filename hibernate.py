@@ -497,6 +497,26 @@ def close_all(fds: Iterable[int]) -> None:
         os.close(fd)
 
 
+def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
+    """One message and its descriptors; b"" is the end. BlockingIOError, TimeoutError: not yet."""
+    # Not socket.recv_fds(): it ignores its flags. MSG_CMSG_CLOEXEC comes back in `flags`.
+    size, cloexec = socket.CMSG_SPACE(8 * 4), getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+    try:
+        message, ancillary, flags, _ = sock.recvmsg(RECORD_LIMIT, size, cloexec)
+    except (BlockingIOError, TimeoutError):
+        raise
+    except OSError:
+        return b"", []
+    fds = array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or not message:
+        close_all(fds)  # near the descriptor limit a message arrives without its descriptor
+        fds = array("i")
+    return message, list(fds)
+
+
 class Channel:
     """One SEQPACKET connection between two processes.
 
@@ -537,25 +557,12 @@ class Channel:
         self.sock.sendmsg([message], rights if fd >= 0 else [])
 
     def readable(self, fd: int, mask: int) -> None:
-        # Not socket.recv_fds(): it ignores its flags. MSG_CMSG_CLOEXEC comes back in `flags`.
-        size, cloexec = socket.CMSG_SPACE(8 * 4), getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-        try:
-            message, ancillary, flags, _ = self.sock.recvmsg(RECORD_LIMIT, size, cloexec)
-        except BlockingIOError:
-            return
-        except OSError:
-            message, ancillary, flags = b"", [], 0
-        fds = array("i")
-        for level, kind, data in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-        if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or not message:
-            close_all(fds)  # near the descriptor limit a message arrives without its descriptor
-            fds = array("i")
-        if message and self.heard:
-            self.heard(message, list(fds))
-        else:
-            self.finish()
+        with contextlib.suppress(BlockingIOError):
+            message, fds = receive(self.sock)
+            if message and self.heard:
+                self.heard(message, fds)
+            else:
+                self.finish()
 
     def finish(self) -> None:
         """Close, and tell this side that the channel has ended."""
@@ -1237,28 +1244,32 @@ class Service:
         self.inbox = pool.inbox
         self.groups = pool.listeners  # one a listener: one socket, or one for each slot
         self.limit = min(pool.settings.client_limit, file_limit() - RESERVE)
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.draining = False
+        self.stretched = False  # all are full: take a few more from the inbox, or refuse them
+        self.covered = {slot}  # the SO_REUSEPORT sockets that this process reads
+        self.paused = False  # no descriptors left
+        self.title = Title(f"{self.config.program.name}/{self.role.name}")
+        self.key = sealing_key(self.config.base_dir) if self.role.trusted else b""
+        drop_privileges(pool.settings)
+
+    def start(self, channel: socket.socket) -> None:
+        """What is this process's own; a keeper's survivor makes it anew."""
         self.loop = Loop()
         self.loop.failed = self.failed
         self.mover = Mover(self.loop, self.config, self)
         self.watcher = Watcher(self.loop, self.stirred)
         self.clients: dict[int, Client] = {}
         self.arrivals: dict[Channel, Any] = {}
-        self.counts: collections.Counter[str] = collections.Counter()
-        self.draining = False
-        self.stretched = False  # all are full: take a few more from the inbox, or refuse them
-        self.covered = {slot}  # the SO_REUSEPORT sockets that this process reads
-        self.paused = False  # no descriptors left
         self.told: tuple[int, int] | None = None  # (room, sessions) as last reported
         self.report_timer: Timer | None = None
-        self.title = Title(f"{self.config.program.name}/{self.role.name}")
-        self.key = sealing_key(self.config.base_dir) if self.role.trusted else b""
-        drop_privileges(pool.settings)
         self.loop.on_signals({signal.SIGTERM: self.stop})
+        self.master: Channel | None = Channel(self.loop, channel, self.word)
+        self.update()
 
     def run(self, channel: socket.socket) -> None:
         """Serve until told to stop, or until the last session has left after a drain."""
-        self.master: Channel | None = Channel(self.loop, channel, self.word)
-        self.update()
+        self.start(channel)
         self.loop.run()
 
     # Who accepts
@@ -1304,7 +1315,8 @@ class Service:
         self.told = max(0, self.room()), self.count()
         with contextlib.suppress(OSError):  # the channel's end will say so
             if self.master:
-                self.master.send(compact([self.generation, *self.told]).encode())
+                report = [self.generation, *self.told, os.getpid()]
+                self.master.send(compact(report).encode())
         if self.config.verbose_proctitle:
             unit = self.role.unit and f" [{self.count()} {self.role.unit}]"
             self.title.set(f"{self.config.program.name}/{self.role.name}{unit}")
@@ -1651,7 +1663,8 @@ class Title:
 
 SLOT_SIZE = 384
 SLOT = struct.Struct("<BBHHiiIQQ")
-FREE, HELD, GONE = 0, 1, 2  # the first byte of a slot; GONE: "!" is about to be sent
+FREE, HELD, GONE, OFFERED = range(4)  # the first byte of a slot; GONE: "!" is about to be sent,
+SWEEP_TIME = 5.0  # seconds between two looks of a twin        OFFERED: "!" has not come yet
 
 
 class Sleeper(NamedTuple):
@@ -1675,12 +1688,22 @@ class Keeper(Service):
         self.slots = min(file_limit(), self.limit + 4 * RESERVE)
         self.memory = mmap.mmap(-1, self.slots * SLOT_SIZE)
         self.held = 0
-        self.waking: dict[int, str] = {}  # and why
         self.period = max(1, math.ceil(self.config.idle_notify_interval or 60))
+        self.peeker = self.peek  # one bound method for all, not 64 bytes for each
+        self.twin: tuple[Any, Channel] | None = None  # its process, and the way to it
+
+    def start(self, channel: socket.socket) -> None:
+        super().start(channel)
+        self.channel = channel
+        self.waking: dict[int, str] = {}  # and why
         self.turns = [array("i") for _ in range(self.period)]
         self.turned = int(time.time())
-        self.peeker = self.peek  # one bound method for all, not 64 bytes for each
         self.loop.later(1.0, self.take_turns)
+        self.spawn_twin()
+
+    def run(self, channel: socket.socket) -> None:
+        super().run(channel)
+        self.end_twin()
 
     def count(self) -> int:
         return self.held
@@ -1715,6 +1738,8 @@ class Keeper(Service):
             HELD, record.tag, tail, beat, (0, 0), int(time.time()), record.received, record.sent
         )
         if changed := self.listen(fd, sleeper):
+            self.store(fd, changed._replace(state=OFFERED))
+            self.copy(fd)
             return fd, changed
         raise ValueError("changed")
 
@@ -1745,16 +1770,22 @@ class Keeper(Service):
         self.held += 1
         self.counts["adopted"] += 1
         self.store(fd, sleeper)
+        self.tend(fd, sleeper)
+
+    def tend(self, fd: int, sleeper: Sleeper) -> None:
+        """A sleeper is ours from now on."""
         self.turns[sleeper.beat].append(fd)
         if self.draining:
             self.move_on(fd)
-        elif not self.listen(fd, sleeper):
+        elif not (listening := self.listen(fd, sleeper)):
             self.wake(fd, "mail")  # it stirred while nobody would have noticed
         else:
+            self.store(fd, listening)
             self.loop.watch(fd, READ, self.peeker)
 
     def abandon(self, held: Any, shutdown: bool = False) -> None:
         self.unlisten(*held)
+        self.mark(held[0], FREE)
         with borrowed(held[0]) as sock:
             if shutdown:
                 sock.shutdown(socket.SHUT_RDWR)
@@ -1907,6 +1938,117 @@ class Keeper(Service):
             if self.memory[fd * SLOT_SIZE] == HELD:
                 yield fd, State.decode(json.loads(self.load(fd).tail)[0])
 
+    # The twin: a process with a copy of every descriptor, under the same number, and the slots in
+    # shared memory. When the keeper is killed, it goes on. Seeding is the fork itself; after it,
+    # one message for each arrival, none for a change or an end.
+
+    def spawn_twin(self) -> None:
+        if not self.config.hibernate_twin or self.draining or self.twin:
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=self.guard, args=(ours, theirs), name=self.role.name)
+        try:
+            process.start()
+        except OSError as error:
+            log.error("no twin: fork: %s", error.strerror)
+            ours.close()
+            self.loop.later(THROTTLE[0], self.spawn_twin)
+        else:
+            self.twin = process, Channel(self.loop, ours, self.twin_ended)
+        theirs.close()
+
+    def twin_ended(self, message: bytes, fds: list[int]) -> None:
+        close_all(fds)
+        self.end_twin()
+        self.loop.later(1.0, self.spawn_twin)
+
+    def end_twin(self) -> None:
+        if self.twin:
+            process, channel = self.twin
+            self.twin = None
+            process.kill()
+            process.join()
+            channel.close()
+
+    def copy(self, fd: int) -> None:
+        """No answer is needed: what is queued holds the descriptor, and the twin reads all of
+        its queue before it sees the end. A twin that does not read is replaced."""
+        if self.twin:
+            try:
+                self.twin[1].send(b"%d" % fd, fd)
+            except OSError:
+                self.end_twin()
+                self.spawn_twin()
+
+    def guard(self, ours: socket.socket, theirs: socket.socket) -> None:
+        """The twin. Each number that it uses itself is in use in the keeper, too, so that no
+        session can have it: hence no selector, and the channel under the keeper's number."""
+        signal.set_wakeup_fd(-1)
+        past = self.loop, self.mover, self.arrivals, self.clients  # no destructor may close a
+        os.dup2(theirs.fileno(), ours.fileno(), inheritable=False)  # number that is another's now
+        theirs.close()
+        self.loop.close()
+        logs = {h.stream.fileno() for h in log.handlers if isinstance(h, logging.StreamHandler)}
+        kept = {0, 1, 2, ours.fileno(), self.channel.fileno(), self.inbox.fileno(), *logs}
+        copies = bytearray(self.slots)
+        for fd in range(self.slots):
+            copies[fd] = self.memory[fd * SLOT_SIZE] in (HELD, OFFERED)
+            if not copies[fd] and fd not in kept:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        ours.settimeout(SWEEP_TIME)
+        swept = 0.0
+        while True:
+            if time.monotonic() - swept >= SWEEP_TIME:
+                self.sweep(copies, (HELD, OFFERED))
+                swept = time.monotonic()
+            try:
+                message, fds = receive(ours)
+            except TimeoutError:
+                continue
+            if not message:
+                break
+            if not fds:
+                os._exit(1)  # no descriptors left here: the keeper forks another
+            number = int(message)
+            if fds[0] != number:
+                os.dup2(fds[0], number, inheritable=False)
+                os.close(fds[0])
+            copies[number] = 1
+        self.survive(ours, copies)
+        del past
+
+    def sweep(self, copies: bytearray, living: tuple[int, ...]) -> None:
+        for fd in range(self.slots):
+            if copies[fd] and self.memory[fd * SLOT_SIZE] not in living:
+                os.close(fd)
+                copies[fd] = 0
+        name = f"{self.config.program.name}/{self.role.name}-twin"
+        self.title.set(f"{name} [{sum(copies)} copies]")
+
+    def survive(self, ours: socket.socket, copies: bytearray) -> None:
+        """The keeper is dead. An OFFERED session is not ours: its sender is the owner."""
+        self.sweep(copies, (HELD,))
+        ours.close()
+        for fd in range(self.slots):
+            self.mark(fd, HELD if copies[fd] and self.memory[fd * SLOT_SIZE] == HELD else FREE)
+        self.held = sum(copies)
+        log.error("the keeper was killed; its twin goes on with %d sessions", self.held)
+        self.twin = None
+        self.counts.clear()
+        self.start(self.channel)
+        for fd in range(self.slots):
+            if copies[fd]:
+                self.tend(fd, self.load(fd)._replace(watches=(0, 0)))
+        self.loop.run()
+        self.end_twin()
+
+    def drain(self) -> None:
+        """All leave within a second or so: no twin for that time."""
+        self.end_twin()
+        super().drain()
+
 
 # ------------------------------------------------------------------------------------------------
 # 7  Master
@@ -1934,6 +2076,7 @@ class Child:
     """A process as the master knows it."""
 
     process: Any
+    pid: int  # of its survivor, if it was a keeper
     generation: int
     slot: int
     room: int  # until its first report: what it will have
@@ -2012,6 +2155,8 @@ class Master:
         })  # fmt: skip
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
         Title(f"{self.config.program.name}/master")
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: survivors are ours
         for pool in self.pools:
             self.balance(pool)
             self.end_idle(pool)
@@ -2126,13 +2271,15 @@ class Master:
             return
         finally:
             theirs.close()
-        child = Child(process, self.generation, slot, pool.settings.client_limit)
+        child = Child(process, process.pid, self.generation, slot, pool.settings.client_limit)
         pool.children.append(child)
 
         def heard(message: bytes, fds: list[int]) -> None:
             close_all(fds)
             if message:
                 self.reported(pool, child, message)
+            else:
+                self.bury(pool, child)
 
         child.channel = Channel(self.loop, ours, heard)
         self.loop.later(START_TIME, lambda: self.see_started(pool, child))
@@ -2162,8 +2309,14 @@ class Master:
             os.kill(child.process.pid, signal.SIGKILL)
 
     def reported(self, pool: Pool, child: Child, message: bytes) -> None:
-        generation, room, clients = checked(message.decode(), (int, int, int))
+        generation, room, clients, pid = checked(message.decode(), (int, int, int, int))
         if generation == child.generation:
+            pool.delay = 0.0
+            if pid != child.pid:  # a keeper's survivor: it knows nothing of earlier words
+                child.pid = pid
+                self.old_pids.add(pid)
+                if self.stopping:
+                    child.tell("stop")
             child.reported, child.room, child.clients = True, room, clients
             self.balance(pool)
             counts = [sum(child.reported for child in pool.children) for pool in self.pools]
@@ -2173,10 +2326,7 @@ class Master:
                 self.ready = None
 
     def reap(self) -> None:
-        for pool in self.pools:
-            for child in list(pool.children):
-                if child.process.exitcode is not None:
-                    self.bury(pool, child, child.process.exitcode)
+        multiprocessing.active_children()  # reaps those that have ended
         for pid in list(self.old_pids):
             with contextlib.suppress(ChildProcessError):
                 if os.waitpid(pid, os.WNOHANG) == (0, 0):
@@ -2190,18 +2340,17 @@ class Master:
                     os.unlink(self.config.inbox(name))
             self.loop.running = False
 
-    def bury(self, pool: Pool, child: Child, status: int) -> None:
+    def bury(self, pool: Pool, child: Child) -> None:
+        """Its channel has ended: neither the process nor a survivor is left."""
         pool.children.remove(child)
-        if child.channel:
-            child.channel.close()
-        if status:
+        child.process.join(1.0)
+        if status := child.process.exitcode:
             how = signal.Signals(-status).name if status < 0 else f"status {status}"
-            log.error("service %s: process %d ended: %s", pool.role.name, child.process.pid, how)
-        else:
-            pool.delay = 0.0
+            log.error("service %s: process %d ended: %s", pool.role.name, child.pid, how)
         if not child.reported and not self.stopping:
             self.throttle(pool)
         self.balance(pool)
+        self.reap()
 
     def throttle(self, pool: Pool) -> None:
         """A process has died before it reported: no new one for a while."""
@@ -2272,7 +2421,7 @@ class Master:
 
     def kill_all(self) -> None:
         for pool in self.pools:
-            self.kill({child.process.pid for child in pool.children}, signal.SIGKILL)
+            self.kill({child.pid for child in pool.children}, signal.SIGKILL)
         self.kill(self.old_pids, signal.SIGKILL)
 
     def kill(self, pids: set[int], number: int) -> None:
@@ -2333,7 +2482,7 @@ class Master:
                 listeners[key] = [sock.fileno() for sock in group]
         for fd in (self.lock, *itertools.chain(*listeners.values())):
             os.set_inheritable(fd, True)
-        pids = [child.process.pid for pool in self.pools for child in pool.children]
+        pids = [child.pid for pool in self.pools for child in pool.children]
         inherited = {"lock": self.lock, "generation": self.generation, "listeners": listeners}
         inherited["pids"] = [*self.old_pids, *pids]
         sys.stdout.flush()
