@@ -5,8 +5,8 @@
     python3 test_hibernate.py bench --sessions 1000 the figures; bench --help tells the rest
 
 The order: 1 harness, 2 without a server (tables, the model of a hand-over), 3 the life of a
-session, 4 many sessions, 5 listeners, 6 IMAP, 7 commands and configuration, 8 bad input,
-9 the benchmark. Every server runs in a directory and on a port of its own; nothing sleeps.
+session, 4 many sessions, 5 listeners, 6 kills and reloads, 7 IMAP, 8 commands and configuration,
+9 bad input, 10 the benchmark. Every server runs in a directory and on a port of its own; nothing sleeps.
 """
 from __future__ import annotations
 
@@ -93,6 +93,7 @@ class Server:
     def __init__(self, settings="", users=("alice", "bob"), allow="(?!)", listener="port = 0"):
         self.dir = Path(tempfile.mkdtemp(prefix="hb-", dir="/tmp"))
         self.users, self.allow, self.process, self.port = users, allow, None, 0
+        self.sessions = []  # kernel sessions: more than one after restart()
         self.log_file = self.dir / "log"
         self.configuration = self.dir / "hibernate.conf"
         self.configure(settings, listener)
@@ -116,6 +117,7 @@ class Server:
                 stderr=log, start_new_session=True,
             )
         Server.live.append(self)
+        self.sessions.append(self.process.pid)
         try:
             self.said = self.wait_ready()
         except BaseException:
@@ -142,8 +144,20 @@ class Server:
         bad = [x for x in lines if re.search(r"Traceback|\b(ERROR|CRITICAL|Error:)", x)]
         return [x for x in bad if not re.search(self.allow, x)]
 
+    def restart(self):
+        """A new master after the old one was killed, on the same port; its children may live."""
+        self.process.wait(PATIENCE)
+        self.process.stdout.close()
+        Server.live.remove(self)
+        text = self.configuration.read_text()
+        self.configuration.write_text(text.replace("port = 0", f"port = {self.port}"))
+        self.start()
+
     def processes(self):
-        return processes(self.process.pid)
+        found = {}
+        for session in self.sessions:
+            found |= processes(session)
+        return found
 
     def titles(self, service=""):
         """Titles as `ps` shows them; `service` picks those of one service."""
@@ -197,7 +211,7 @@ class Server:
         return mailbox.Maildir(self.home(user), create=True)
 
     def kill(self):
-        for pid in processes(self.process.pid):
+        for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait(PATIENCE)
@@ -1337,7 +1351,137 @@ class Refused(Server):
 
 
 # ------------------------------------------------------------------------------------------------
-# 6  IMAP: what is said, what must be answered, and what mailbox.Maildir sees afterwards
+# 6  Nothing is lost: a keeper, its twin or the master killed; reload under load
+# ------------------------------------------------------------------------------------------------
+
+TWIN = "imap-hibernate-twin"
+
+
+def all_hear_their_mail(server, clients, users, count):
+    """Each client hears of one new message, says DONE and goes back to sleep in a new IDLE."""
+    for user in users:
+        deliver_by_hand(server.home(user))
+    for client in clients:
+        client.until(rf"^\* {count} EXISTS$")
+        client.send("DONE\r\nc IDLE\r\n")
+    for client in clients:
+        client.until(r"^\+ ")
+    eventually(lambda: len(server.who("imap-hibernate")) == len(clients))
+    assert len({row["session"] for row in server.who()}) == len(clients)
+
+
+def guarded(server, count):
+    """A keeper and a twin that has a copy of each of `count` sessions."""
+    keeper = f"hibernate/imap-hibernate [{count} connections]"
+    twin = f"hibernate/imap-hibernate-twin [{count} copies]"
+    return server.titles("imap-hibernate") + server.titles(TWIN) == [keeper, twin]
+
+
+def test_a_keeper_killed_again_and_again_loses_nobody():
+    users = [f"u{n}" for n in range(20)]
+    with Server(users=users, allow="was killed|SIGKILL") as server:
+        clients = many(server, users * 10)
+        for count in (1, 2, 3):
+            eventually(lambda: guarded(server, len(clients)), what=f"{server.titles()}")
+            [keeper] = server.pids("imap-hibernate")
+            os.kill(keeper, signal.SIGKILL)
+            eventually(lambda: server.pids("imap-hibernate") not in ([], [keeper]))
+            all_hear_their_mail(server, clients, users, count)
+        clients += many(server, users)
+        eventually(lambda: server.asleep() == len(clients))
+        for client in clients[:50]:
+            client.close()
+        eventually(lambda: server.asleep() == len(clients) - 50)
+        eventually(lambda: guarded(server, len(clients) - 50), what=f"{server.titles()}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_twin_killed_or_stopped_is_replaced_and_nobody_notices(number):
+    with Server(allow="was killed|SIGKILL") as server:
+        clients = many(server, ["alice"] * 50)
+        eventually(lambda: guarded(server, 50), what=f"{server.titles()}")
+        [twin] = server.pids(TWIN)
+        os.kill(twin, number)
+        clients += many(server, ["alice"] * 500)
+        eventually(lambda: server.asleep() == 550)
+        eventually(lambda: guarded(server, 550), what=f"{server.titles()}")
+        assert server.pids(TWIN) != [twin]
+        os.kill(server.pids("imap-hibernate")[0], signal.SIGKILL)
+        all_hear_their_mail(server, clients, ["alice"], 1)
+
+
+def test_reload_under_load_drops_nothing_and_brings_all_into_the_new_generation():
+    users = [f"u{n}" for n in range(20)]
+    busy = ["reader", "writer", "newcomer"]
+    with Server("imap_max_line_length = 64 k", users + busy, allow="refused: ") as server:
+        clients = many(server, users * 10)
+        eventually(lambda: server.asleep() == len(clients))
+        big = message("big", "0123456789abcdef" * 64 * 1024 * 8 + "\r\n")
+        server.maildir("reader").add(big)
+        reader, writer = Imap(server, "reader"), Imap(server, "writer")
+        reader.cmd("SELECT INBOX")
+        reader.send("f FETCH 1 BODY.PEEK[]\r\n")  # and reads nothing of it for now
+        writer.send(f"w APPEND INBOX {{{len(big)}}}\r\n")
+        writer.until(r"^\+ ")
+        writer.send(big[:1000])
+        before = set(server.processes()) - {server.process.pid}
+        configured = server.configuration.read_text()
+        server.configuration.write_text(configured.replace("64 k", "sixty"))
+        refused = server.run("reload")
+        assert refused.returncode == 78 and b"hibernate.conf:" in refused.stderr, refused
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: re.search(r"refused: .*hibernate\.conf:\d+: ", server.log()))
+        assert set(server.processes()) - {server.process.pid} >= before
+        server.configuration.write_text(configured)
+        assert server.run("reload").returncode == 0
+        for _ in range(100):
+            with Imap(server, "newcomer") as newcomer:
+                newcomer.cmd("SELECT INBOX")
+        assert reader.until(r"^f ")[-1].startswith("f OK")
+        writer.send(big[1000:] + b"\r\n")
+        assert writer.until(r"^w ")[-1].startswith("w OK")
+        eventually(lambda: not before & set(server.processes()), 10, f"{server.processes()}")
+        reader.cmd("NOOP")
+        writer.cmd("NOOP")
+        reader.close()
+        writer.close()
+        for _ in range(10):  # in a second
+            server.process.send_signal(signal.SIGHUP)
+            select.select((), (), (), 0.1)
+        eventually(lambda: server.asleep() == len(clients) and len(server.who()) == len(clients))
+        all_hear_their_mail(server, clients, users, 1)
+
+
+def test_a_killed_master_that_is_started_again_finds_all_its_sleepers():
+    users = [f"u{n}" for n in range(20)]
+    with Server(users=users) as server:
+        clients = many(server, users * 10)
+        awake = Imap(server, "u0")
+        eventually(lambda: server.asleep() == len(clients) + 1)
+        before = set(server.processes())
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.restart()
+        eventually(lambda: not before & set(server.processes()), what=f"{server.processes()}")
+        awake.cmd("SELECT INBOX")
+        awake.cmd("LOGOUT")
+        all_hear_their_mail(server, clients, users, 1)
+
+
+def test_a_killed_master_that_nobody_starts_again_leaves_bye_and_no_process():
+    with Server("orphan_timeout = 1 s") as server:
+        sleeper, awake = Imap(server, "alice"), Imap(server, "bob")
+        falls_asleep(server, "alice")
+        awake.send("a SELECT INBOX\r\n")
+        os.kill(server.process.pid, signal.SIGKILL)
+        for client in (sleeper, awake):
+            assert "* BYE" in client.ended()
+        eventually(lambda: not server.processes(), what=f"{server.processes()}")
+        server.process.wait(PATIENCE)
+        Server.live.remove(server)
+
+
+# ------------------------------------------------------------------------------------------------
+# 7  IMAP: what is said, what must be answered, and what mailbox.Maildir sees afterwards
 # ------------------------------------------------------------------------------------------------
 
 MULTIPART = (
@@ -1547,7 +1691,7 @@ def test_a_large_message_is_streamed_while_others_are_served(server, user):
 
 
 # ------------------------------------------------------------------------------------------------
-# 7  The command line and the configuration
+# 8  The command line and the configuration
 # ------------------------------------------------------------------------------------------------
 
 
@@ -1705,7 +1849,7 @@ def test_the_example_configuration_is_right_and_names_every_setting(hibernate, t
 
 
 # ------------------------------------------------------------------------------------------------
-# 8  Bad input
+# 9  Bad input
 # ------------------------------------------------------------------------------------------------
 
 BAD_COMMANDS = [
@@ -1888,7 +2032,7 @@ def test_a_home_that_can_not_be_made_is_answered_and_logged():
 
 
 # ------------------------------------------------------------------------------------------------
-# 9  The benchmark
+# 10  The benchmark
 #
 # Clients live in processes of their own (a `Fleet` each: raw sockets, one epoll, an address of
 # 127.0.0.x each), so that they are not what is measured: CPU is what the server's processes used,
