@@ -3,6 +3,8 @@
 
     python3 -m pytest -q test_hibernate.py          the tests
     python3 test_hibernate.py bench --sessions 1000 the figures; bench --help tells the rest
+    python3 test_hibernate.py drill --sessions 1000 kills and reloads at random: what is lost
+    python3 test_hibernate.py spread                how connections are spread over processes
 
 The order: 1 harness, 2 without a server (tables, the model of a hand-over), 3 the life of a
 session, 4 many sessions, 5 listeners, 6 kills and reloads, 7 IMAP, 8 commands and configuration,
@@ -25,6 +27,7 @@ import mailbox
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import re
 import resource
 import select
@@ -93,7 +96,7 @@ class Server:
     def __init__(self, settings="", users=("alice", "bob"), allow="(?!)", listener="port = 0"):
         self.dir = Path(tempfile.mkdtemp(prefix="hb-", dir="/tmp"))
         self.users, self.allow, self.process, self.port = users, allow, None, 0
-        self.sessions = []  # kernel sessions: more than one after restart()
+        self.started = []  # kernel sessions: more than one after restart()
         self.log_file = self.dir / "log"
         self.configuration = self.dir / "hibernate.conf"
         self.configure(settings, listener)
@@ -117,7 +120,7 @@ class Server:
                 stderr=log, start_new_session=True,
             )
         Server.live.append(self)
-        self.sessions.append(self.process.pid)
+        self.started.append(self.process.pid)
         try:
             self.said = self.wait_ready()
         except BaseException:
@@ -155,7 +158,7 @@ class Server:
 
     def processes(self):
         found = {}
-        for session in self.sessions:
+        for session in self.started:
             found |= processes(session)
         return found
 
@@ -1410,6 +1413,79 @@ def test_a_twin_killed_or_stopped_is_replaced_and_nobody_notices(number):
         all_hear_their_mail(server, clients, ["alice"], 1)
 
 
+@contextlib.contextmanager
+def false_inbox(server, service):
+    """The test in place of all receivers of a service: yields accept(), a channel of a sender."""
+    path = server.dir / "hibernate.run" / service
+    path.rename(f"{path}.aside")
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(str(path))
+            listener.listen()
+            listener.settimeout(PATIENCE)
+            yield lambda: listener.accept()[0]
+    finally:
+        Path(f"{path}.aside").rename(path)
+
+
+def dies_unread(channel, keeper):
+    channel.close()
+
+
+def dies_after_reading(channel, keeper):
+    take(channel)
+    channel.close()
+
+
+def refuses(channel, keeper):
+    take(channel)
+    channel.send(b"-busy")
+    channel.close()
+
+
+def dies_after_its_yes(channel, keeper):
+    """The "+" is on its way when the receiver ends: the commit can't be sent."""
+    take(channel)
+    os.kill(keeper, signal.SIGSTOP)
+    channel.send(b"+")
+    channel.close()
+    os.kill(keeper, signal.SIGCONT)
+
+
+def take(channel):
+    channel.settimeout(PATIENCE)
+    _, fds, _, _ = socket.recv_fds(channel, 1 << 17, 4)
+    for fd in fds:
+        os.close(fd)
+
+
+@table("death", [dies_unread, dies_after_reading, refuses, dies_after_its_yes])
+def test_a_receiver_that_dies_at_any_step_leaves_the_session_to_its_sender(death):
+    with Server() as server, Imap(server, "alice") as client:
+        client.cmd("SELECT INBOX")
+        for number in range(2):
+            client.idle()
+            falls_asleep(server, "alice")
+            [keeper] = [row["pid"] for row in server.who()]
+            with false_inbox(server, "imap") as accept:
+                client.send(f"DONE\r\nx CREATE once{number}\r\n")
+                death(accept(), keeper)
+            assert client.until("^x ")[-1].startswith("x OK")  # a second time would be a NO
+
+
+def test_a_receiver_that_dies_with_the_session_ends_it_for_its_client():
+    with Server() as server, Imap(server, "alice") as client:
+        falls_asleep(server, "alice")
+        with false_inbox(server, "imap") as accept:
+            client.send("x CREATE never\r\n")
+            with accept() as channel:
+                take(channel)
+                channel.send(b"+")
+                assert channel.recv(10) == b"!"
+        assert client.ended() == ""
+        assert not server.who()
+
+
 def test_reload_under_load_drops_nothing_and_brings_all_into_the_new_generation():
     users = [f"u{n}" for n in range(20)]
     busy = ["reader", "writer", "newcomer"]
@@ -2243,8 +2319,13 @@ class Fleet:
                     self.drop(self.open[fd])
         return len(self.open)
 
+    def ports(self):
+        """The local port of each open connection: its name in /proc/net/tcp."""
+        return [client.socket.getsockname()[1] for client in self.open.values()]
+
     def script(self, first, last, lines, window, deadline, report=""):
-        members = [x for x in self.clients[first:last] if x.socket or lines[0][1] == rb"^\* OK"]
+        greeting = lines[0][1] == rb"^\* OK"  # for those without a connection, the rest for others
+        members = [x for x in self.clients[first:last] if bool(x.socket) != greeting]
         return self.run(members, lines, window, deadline, report)
 
     def mail(self, homes, deadline):
@@ -2569,8 +2650,6 @@ def bench(arguments):
         parser.error("there is no dovecot here: apt-get install -y dovecot-imapd")
     if "dovecot" in brands and os.geteuid():
         parser.error("dovecot has to be started as root")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     columns = {brand: Bench(brand, options).measure() for brand in brands}
     if options.json:
         print(json.dumps({"sessions": options.sessions, **columns}, indent=1))
@@ -2581,7 +2660,145 @@ def bench(arguments):
         print(name.ljust(44) + "".join(value.rjust(14) for value in values))
 
 
+class Drill(Bench):
+    """Clients that check every reply, while reloads and kills of every role come at random."""
+
+    ROLES = ("imap-hibernate", TWIN, "imap", "imap-login", "auth")
+    ROUND = [
+        (b"DONE\r\nd NOOP\r\n", rb"(?m)^c OK[^\n]*\n(?s:.*)^d OK"),
+        (b"e UID SEARCH ALL\r\n", rb"(?m)^\* SEARCH[^\n]*\n(?s:.*)^e OK"),
+        (b"c IDLE\r\n", rb"(?m)^\+ "),
+    ]
+
+    def __init__(self, options):
+        super().__init__("hibernate", options)
+        self.random = random.Random(options.seed)
+        self.acts, self.doomed, self.next = collections.Counter(), set(), 0.0
+
+    def act(self):
+        """One misfortune, a second or more after the last."""
+        if time.monotonic() < self.next:
+            return
+        self.next = time.monotonic() + self.random.uniform(1, 4)
+        what = self.random.choice(("reload", "master", *self.ROLES, TWIN, "imap-hibernate"))
+        pids = [self.live.process.pid] if what in ("reload", "master") else self.live.pids(what)
+        if not pids:
+            return
+        pid = self.random.choice(pids)
+        with contextlib.suppress(ProcessLookupError):
+            if what == "imap":  # what is awake in there ends with it, and nothing else may
+                os.kill(pid, signal.SIGSTOP)
+                self.doomed |= connections_of(pid)
+            os.kill(pid, signal.SIGHUP if what == "reload" else signal.SIGKILL)
+            self.acts[what if what == "reload" else f"kill -9 {what}"] += 1
+        if what == "master":
+            self.live.restart()
+
+    def measure(self):
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.stop_fleets)
+            self.live = stack.enter_context(self.server("500 msecs"))
+            self.meter = Meter(self.live)
+            self.start_fleets(self.live.port, self.options.sessions)
+            self.talk(LOG_IN, 32, 600, report="log-in")
+            self.all_asleep(120)
+            known, gone, rounds, unanswered, slowest = self.connected(), set(), 0, 0, 0.0
+            print(f"{len(known)} sessions asleep; {self.options.seconds} s begin", flush=True)
+            end = time.monotonic() + self.options.seconds
+            while time.monotonic() < end:
+                before = self.connected()
+                taken, lost, _ = self.talk(self.ROUND, 64, 120, report="answered", watch=self.act)
+                rounds += len(taken)
+                unanswered += max(0, lost - len(before - self.connected()))
+                slowest = max(slowest, *taken, 0.0)
+                gone |= known - self.connected()
+                self.talk(LOG_IN, 32, 60)
+                known |= self.connected()
+                self.act()
+            self.all_asleep(60)
+            gone |= known - self.connected()
+            for what, count in sorted(self.acts.items()):
+                print(f"{count:5} x {what}")
+            print(f"{rounds:5} rounds of DONE, NOOP, SEARCH, IDLE were answered as they must be")
+            print(f"{len(gone & self.doomed):5} sessions ended, awake in a worker that was killed")
+            print(f"{unanswered:5} rounds without a right answer; the slowest took {slowest:.1f} s")
+            print(f"lost {len(gone - self.doomed)}")
+            return not unanswered and not gone - self.doomed
+
+    def connected(self):
+        """The ports of all that are connected, each with its fleet's address."""
+        self.order("drain", 0.3)
+        return {
+            (f"127.0.0.{10 + number}", port)
+            for number in range(len(self.fleets)) for port in self.ask(number, "ports")
+        }  # fmt: skip
+
+    def ask(self, number, name):
+        pipe = self.fleets[number][0]
+        pipe.send((name,))
+        return pipe.recv()[1]
+
+
+def connections_of(pid):
+    """The peers of the TCP connections that a process holds: {(address, port)}."""
+    inodes = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink(fd))
+    found = set()
+    for row in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = row.split()
+        if f"socket:[{fields[9]}]" in inodes:
+            address, port = fields[2].split(":")
+            host = socket.inet_ntoa(struct.pack("=I", int(address, 16)))
+            found.add((host, int(port, 16)))
+    return found
+
+
+def drill(arguments):
+    parser = argparse.ArgumentParser(prog="test_hibernate.py drill")
+    parser.add_argument("--sessions", type=int, default=1000)
+    parser.add_argument("--users", type=int, default=0, help="default: a fifth of the sessions")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    options.client_limit, options.time = 19000, 900 + options.seconds
+    Server.loud = False
+    sys.exit(0 if Drill(options).measure() else 1)
+
+
+def spread(arguments):
+    """Connections over four log-in processes: a shared listener against SO_REUSEPORT."""
+    parser = argparse.ArgumentParser(prog="test_hibernate.py spread")
+    parser.add_argument("--connections", type=int, default=2000)
+    options = parser.parse_args(arguments)
+    Server.loud = False
+    limit = max(1000, options.connections)
+    settings = FOUR.replace("\n}", f"\n client_limit = {limit}\n}}")
+    print(f"{options.connections} connections".ljust(24) + "in each process".ljust(28)
+          + "busiest/fair  CPU ms each")
+    for name, extra in (("shared listener", ""), ("reuse_port = yes", "\n reuse_port = yes")):
+        with Server(settings, listener="port = 0" + extra) as server:
+            eventually(lambda: len(server.titles("imap-login")) == 4)
+            meter = Meter(server)
+            before, clients = meter.cpu(), []
+            for _ in range(options.connections):
+                clients.append(socket.create_connection(("127.0.0.1", server.port)))
+            for client in clients:
+                assert client.recv(4096).startswith(b"* OK")
+            used = 1000 * (meter.cpu() - before) / len(clients)
+            eventually(lambda: server.count("imap-login") == len(clients))
+            loads = [int(re.search(r"\[(\d+) ", x)[1]) for x in server.titles("imap-login")]
+            told = " ".join(map(str, sorted(loads, reverse=True)))
+            print(f"{name:24}{told:28}{4 * max(loads) / len(clients):12.2f}{used:13.3f}")
+            for client in clients:
+                client.close()
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["bench"]:
-        sys.exit("usage: python3 test_hibernate.py bench [--help]; the tests: python3 -m pytest")
-    bench(sys.argv[2:])
+    tools = {"bench": bench, "drill": drill, "spread": spread}
+    if len(sys.argv) < 2 or sys.argv[1] not in tools:
+        sys.exit("usage: python3 test_hibernate.py bench|drill|spread; the tests: -m pytest")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    tools[sys.argv[1]](sys.argv[2:])
