@@ -875,6 +875,7 @@ class Watcher:
         self.stirred = stirred
         self.sessions: dict[int, int | array[int]] = {}  # sets would take 216 or 728 bytes each
         self.polled: dict[int, tuple[str, int]] = {}  # numbers below -1: (path, its time)
+        self.warned = False
         self.libc = ctypes.CDLL(None, use_errno=True)
         self.fd = -1
         with contextlib.suppress(AttributeError):
@@ -897,8 +898,10 @@ class Watcher:
         return number
 
     def poll_for(self, path: str) -> int:
-        if not self.polled:
+        if not self.warned:
+            self.warned = True
             log.warning("inotify: %s; looking at times", os.strerror(ctypes.get_errno()))
+        if not self.polled:
             self.loop.later(self.POLL, self.poll)
         for number, (known, _) in self.polled.items():
             if known == path:
@@ -1534,7 +1537,7 @@ class Service:
         if not message:
             self.master = None
             self.drain()
-        elif name in ("who", "status", "kick"):
+        elif name in ("who", "status", "kick") and fds:
             report = Report(self, name, rest)
             Client(self, socket.socket(fileno=fds.pop()), report).start(report.opened())
         elif name == "stop":
@@ -4394,7 +4397,7 @@ def refusal(error: Exception) -> str:
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return "NO [INUSE] Mailbox is in use by another session."
     log.error("%s: %s", type(error).__name__, error)
-    if code == sqlite3.SQLITE_FULL or number in (errno.ENOSPC, errno.EDQUOT):
+    if code == sqlite3.SQLITE_FULL or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "NO [OVERQUOTA] Not enough disk space."
     return "NO [SERVERBUG] Internal error, it is in the server's log."
 
