@@ -2441,13 +2441,16 @@ class Master:
                 self.loop.unwatch(sock.fileno())
                 sock.close()
             pool.listeners = []
-        self.see_empty()
+        self.see_empty(0)
 
-    def see_empty(self) -> None:
-        if any(child.clients for pool in self.pools for child in pool.children):
-            self.loop.later(1.0, self.see_empty)
-        else:
+    def see_empty(self, times: int) -> None:
+        """Stop once three looks in a row saw no client: reports are up to a second old, and a
+        session may be on its way from one process to another."""
+        busy = any(child.clients for pool in self.pools for child in pool.children)
+        if times == 3:
             self.stop()
+        else:
+            self.loop.later(1.0, partial(self.see_empty, 0 if busy else times + 1))
 
     def reload(self, channel: Channel | None = None) -> None:
         """A new process checks file and code first; checked() goes on."""

@@ -1333,6 +1333,49 @@ def test_a_second_instance_shares_the_port_with_reuse_port_and_else_is_refused_i
                 client.cmd("NOOP")
 
 
+def test_with_reuse_port_the_share_of_a_full_or_missing_process_goes_to_its_siblings():
+    limits = FOUR.replace("\n}", "\n client_limit = 30\n}")
+    sharing = "port = 0\n reuse_port = yes"
+    with Server(limits, listener=sharing, allow="SIGKILL") as server:
+        eventually(lambda: len(server.titles("imap-login")) == 4)
+        clients = [Imap(server) for _ in range(110)]  # by hash: some process gets more than 30
+        eventually(lambda: server.count("imap-login") == len(clients))
+        assert max(int(re.search(r"\[(\d+) ", x)[1]) for x in server.titles("imap-login")) <= 30
+        for client in clients:
+            client.close()
+        eventually(lambda: server.count("imap-login") == 0)
+        for _ in range(3):
+            os.kill(server.pids("imap-login")[0], signal.SIGKILL)
+            for client in [Imap(server) for _ in range(20)]:  # all are greeted
+                client.close()
+
+
+def test_a_second_instance_takes_the_port_over_from_the_first_under_a_stream_of_connects():
+    refused, reset, served = 0, 0, 0
+    with Server(FOUR, listener="port = 0\n reuse_port = yes") as first:
+        listener = f"port = {first.port}\n reuse_port = yes"
+        with Server(FOUR, listener=listener) as second:
+            sleeper = Imap(first, "alice")
+            while sleeper:
+                try:
+                    with Imap(second) as client:
+                        client.cmd("CAPABILITY")
+                        served += 1
+                except ConnectionRefusedError:
+                    refused += 1
+                except (ConnectionError, EOFError, AssertionError):
+                    reset += 1
+                if served == 100:
+                    first.process.send_signal(signal.SIGQUIT)
+                if served == 300:
+                    sleeper.cmd("NOOP")  # who was connected is still served
+                    sleeper.close()
+                    sleeper = None
+            eventually(lambda: len(listening(second.port)) == 4)
+            assert refused == 0 and reset <= 2, (refused, reset)  # in the instant of a close()
+        eventually(lambda: first.process.poll() is not None)
+
+
 class Refused(Server):
     """A start that must fail; several of them wait side by side."""
 
