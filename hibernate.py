@@ -1384,12 +1384,17 @@ class Service:
         elif sock and self.role.requests:
             self.welcome(sock)
         elif sock:
-            def heard(message: bytes, fds: list[int]) -> None:
-                self.arriving(channel, message, fds)
-
-            channel = Channel(self.loop, sock, heard, SPEAK_TIME)
-            self.arrivals[channel] = None
+            self.expect(sock, None, SPEAK_TIME)
         self.update()
+
+    def expect(self, sock: socket.socket, held: Any, timeout: float) -> None:
+        """Listen to a sender: for its record, or, if that is held, for its "!"."""
+
+        def heard(message: bytes, fds: list[int]) -> None:
+            self.arriving(channel, message, fds)
+
+        channel = Channel(self.loop, sock, heard, timeout)
+        self.arrivals[channel] = held
 
     def trusts(self, sock: socket.socket) -> bool:
         """Is the peer one of our processes? The kernel knows its user: SO_PEERCRED, unix(7)."""
@@ -1406,7 +1411,8 @@ class Service:
             try:
                 if len(fds) != 1:
                     raise ValueError("descriptor" if fds else "busy")
-                self.arrivals[channel] = self.hold(*self.read_record(message), fds[0])
+                record, state = self.read_record(message)
+                self.arrivals[channel] = self.hold(record, state, fds[0], channel)
                 word = "+"
                 channel.expire(0)
                 channel.timer = self.loop.later(COMMIT_TIME, lambda: self.silent(channel))
@@ -1441,7 +1447,7 @@ class Service:
             raise ValueError("tag")
         return record, State.decode(record.state)
 
-    def hold(self, record: Record, state: State, fd: int) -> Any:
+    def hold(self, record: Record, state: State, fd: int, channel: Channel) -> Any:
         """Check, and hold session and descriptor, ready to begin(). ValueError and OSError say
         why not, and leave `fd` to the caller."""
         if state.expires and self.room() < 0:
@@ -1576,6 +1582,8 @@ class Service:
         self.close_listeners()
         self.invite(self.inbox.fileno(), READ)
         self.loop.unwatch(self.inbox.fileno())
+        with contextlib.suppress(OSError):
+            self.inbox.shutdown(socket.SHUT_RDWR)  # a twin's copy would let senders wait in it
         self.inbox.close()
         self.loop.later(self.config.orphan_timeout, self.stop)
         for fd, _ in self.states():
@@ -1666,8 +1674,11 @@ class Title:
 
 SLOT_SIZE = 384
 SLOT = struct.Struct("<BBHHiiIQQ")
-FREE, HELD, GONE, OFFERED = range(4)  # the first byte of a slot; GONE: "!" is about to be sent,
-SWEEP_TIME = 5.0  # seconds between two looks of a twin        OFFERED: "!" has not come yet
+# The first byte of a slot. GONE: "!" is about to be sent; OFFERED: it has not come yet, and CHANNEL
+# is the slot of the descriptor on which it will, with the session's number.
+FREE, HELD, GONE, OFFERED, CHANNEL = range(5)
+LIVING = (HELD, OFFERED, CHANNEL)
+SWEEP_TIME = 5.0  # seconds between two looks of a twin
 
 
 class Sleeper(NamedTuple):
@@ -1728,7 +1739,7 @@ class Keeper(Service):
 
     # Arriving
 
-    def hold(self, record: Record, state: State, fd: int) -> Any:
+    def hold(self, record: Record, state: State, fd: int, channel: Channel) -> Any:
         tail = compact([record.state, record.seal])
         if self.room() < 0 or fd >= self.slots:
             raise ValueError("full")
@@ -1741,9 +1752,11 @@ class Keeper(Service):
             HELD, record.tag, tail, beat, (0, 0), int(time.time()), record.received, record.sent
         )
         if changed := self.listen(fd, sleeper):
+            number = channel.sock.fileno()
             self.store(fd, changed._replace(state=OFFERED))
-            self.copy(fd)
-            return fd, changed
+            self.store(number, Sleeper(CHANNEL, tail=str(fd)))
+            self.copy(fd, number)
+            return fd, changed, number
         raise ValueError("changed")
 
     def listen(self, fd: int, sleeper: Sleeper) -> Sleeper | None:
@@ -1769,10 +1782,11 @@ class Keeper(Service):
         return sleeper._replace(watches=(0, 0))
 
     def begin(self, held: Any) -> None:
-        fd, sleeper = held
+        fd, sleeper, number = held
         self.held += 1
         self.counts["adopted"] += 1
         self.store(fd, sleeper)
+        self.mark(number, FREE)
         self.tend(fd, sleeper)
 
     def tend(self, fd: int, sleeper: Sleeper) -> None:
@@ -1787,12 +1801,14 @@ class Keeper(Service):
             self.loop.watch(fd, READ, self.peeker)
 
     def abandon(self, held: Any, shutdown: bool = False) -> None:
-        self.unlisten(*held)
-        self.mark(held[0], FREE)
-        with borrowed(held[0]) as sock:
+        fd, sleeper, number = held
+        self.unlisten(fd, sleeper)
+        self.mark(fd, FREE)
+        self.mark(number, FREE)
+        with borrowed(fd) as sock:
             if shutdown:
                 sock.shutdown(socket.SHUT_RDWR)
-        os.close(held[0])
+        os.close(fd)
 
     # Asleep
 
@@ -1974,15 +1990,17 @@ class Keeper(Service):
             process.join()
             channel.close()
 
-    def copy(self, fd: int) -> None:
-        """No answer is needed: what is queued holds the descriptor, and the twin reads all of
-        its queue before it sees the end. A twin that does not read is replaced."""
-        if self.twin:
-            try:
-                self.twin[1].send(b"%d" % fd, fd)
-            except OSError:
-                self.end_twin()
-                self.spawn_twin()
+    def copy(self, *fds: int) -> None:
+        """To the twin: a session and the channel on which its "!" will come, perhaps after our
+        death. No answer is needed: what is queued holds the descriptors, and the twin reads all
+        of its queue before it sees the end. A twin that does not read is replaced."""
+        for fd in fds:
+            if self.twin:
+                try:
+                    self.twin[1].send(b"%d" % fd, fd)
+                except OSError:
+                    self.end_twin()
+                    self.spawn_twin()  # its seed is the fork: it has all of them
 
     def guard(self, ours: socket.socket, theirs: socket.socket) -> None:
         """The twin. Each number that it uses itself is in use in the keeper, too, so that no
@@ -1996,7 +2014,7 @@ class Keeper(Service):
         kept = {0, 1, 2, ours.fileno(), self.channel.fileno(), self.inbox.fileno(), *logs}
         copies = bytearray(self.slots)
         for fd in range(self.slots):
-            copies[fd] = self.memory[fd * SLOT_SIZE] in (HELD, OFFERED)
+            copies[fd] = self.memory[fd * SLOT_SIZE] in LIVING
             if not copies[fd] and fd not in kept:
                 with contextlib.suppress(OSError):
                     os.close(fd)
@@ -2004,7 +2022,7 @@ class Keeper(Service):
         swept = 0.0
         while True:
             if time.monotonic() - swept >= SWEEP_TIME:
-                self.sweep(copies, (HELD, OFFERED))
+                self.sweep(copies)
                 swept = time.monotonic()
             try:
                 message, fds = receive(ours)
@@ -2022,35 +2040,43 @@ class Keeper(Service):
         self.survive(ours, copies)
         del past
 
-    def sweep(self, copies: bytearray, living: tuple[int, ...]) -> None:
+    def sweep(self, copies: bytearray) -> None:
+        """Close what is not, or no longer, in the slots."""
         for fd in range(self.slots):
-            if copies[fd] and self.memory[fd * SLOT_SIZE] not in living:
-                os.close(fd)
+            if copies[fd] and self.memory[fd * SLOT_SIZE] not in LIVING:
                 copies[fd] = 0
+                with contextlib.suppress(OSError):  # one that came and went during the fork
+                    os.close(fd)
         name = f"{self.config.program.name}/{self.role.name}-twin"
         self.title.set(f"{name} [{sum(copies)} copies]")
 
     def survive(self, ours: socket.socket, copies: bytearray) -> None:
-        """The keeper is dead. An OFFERED session is not ours: its sender is the owner."""
-        self.sweep(copies, (HELD,))
+        """The keeper is dead. An OFFERED session is its sender's until the "!" has come: it may
+        wait unread in the channel, of which there is a copy, too."""
+        self.sweep(copies)
         ours.close()
+        slots = {fd: self.load(fd)._replace(watches=(0, 0)) for fd in range(self.slots) if copies[fd]}
         for fd in range(self.slots):
-            self.mark(fd, HELD if copies[fd] and self.memory[fd * SLOT_SIZE] == HELD else FREE)
-        self.held = sum(copies)
+            if fd not in slots:
+                self.mark(fd, FREE)
+        self.held = sum(sleeper.state == HELD for sleeper in slots.values())
         log.error("the keeper was killed; its twin goes on with %d sessions", self.held)
         self.twin = None
         self.counts.clear()
         self.start(self.channel)
-        for fd in range(self.slots):
-            if copies[fd]:
-                self.tend(fd, self.load(fd)._replace(watches=(0, 0)))
+        offered = {fd for fd, sleeper in slots.items() if sleeper.state == OFFERED}
+        for fd, sleeper in slots.items():
+            if sleeper.state == HELD:
+                self.tend(fd, sleeper)
+            elif sleeper.state == CHANNEL and (session := int(sleeper.tail)) in offered:
+                offered.discard(session)
+                held = session, slots[session]._replace(state=HELD), fd
+                self.expect(socket.socket(fileno=fd), held, COMMIT_TIME)
+        for fd in offered:
+            self.mark(fd, FREE)
+            os.close(fd)
         self.loop.run()
         self.end_twin()
-
-    def drain(self) -> None:
-        """All leave within a second or so: no twin for that time."""
-        self.end_twin()
-        super().drain()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -2866,7 +2866,7 @@ def bench(arguments):
 class Drill(Bench):
     """Clients that check every reply, while reloads and kills of every role come at random."""
 
-    ROLES = ("imap-hibernate", TWIN, "imap", "imap-login", "auth")
+    ROLES = f"reload,master,imap-hibernate,{TWIN},imap,imap-login,auth"
     ROUND = [
         (b"DONE\r\nd NOOP\r\n", rb"(?m)^c OK[^\n]*\n(?s:.*)^d OK"),
         (b"e UID SEARCH ALL\r\n", rb"(?m)^\* SEARCH[^\n]*\n(?s:.*)^e OK"),
@@ -2883,7 +2883,7 @@ class Drill(Bench):
         if time.monotonic() < self.next:
             return
         self.next = time.monotonic() + self.random.uniform(1, 4)
-        what = self.random.choice(("reload", "master", *self.ROLES, TWIN, "imap-hibernate"))
+        what = self.random.choice(self.options.roles.split(","))
         pids = [self.live.process.pid] if what in ("reload", "master") else self.live.pids(what)
         if not pids:
             return
@@ -2891,9 +2891,11 @@ class Drill(Bench):
         with contextlib.suppress(ProcessLookupError):
             if what == "imap":  # what is awake in there ends with it, and nothing else may
                 os.kill(pid, signal.SIGSTOP)
+                eventually(lambda: Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "T")
                 self.doomed |= connections_of(pid)
             os.kill(pid, signal.SIGHUP if what == "reload" else signal.SIGKILL)
             self.acts[what if what == "reload" else f"kill -9 {what}"] += 1
+            self.note(f"{time.strftime('%X')} {what} {pid}")
         if what == "master":
             self.live.restart()
 
@@ -2925,6 +2927,9 @@ class Drill(Bench):
             print(f"{rounds:5} rounds of DONE, NOOP, SEARCH, IDLE were answered as they must be")
             print(f"{len(gone & self.doomed):5} sessions ended, awake in a worker that was killed")
             print(f"{unanswered:5} rounds without a right answer; the slowest took {slowest:.1f} s")
+            for line in self.live.log().splitlines() if gone - self.doomed else ():
+                if re.search("ERROR|WARNING", line) or (" ended: " in line and "INFO" in line):
+                    print(line, file=sys.stderr)
             print(f"lost {len(gone - self.doomed)}")
             return not unanswered and not gone - self.doomed
 
@@ -2964,6 +2969,7 @@ def drill(arguments):
     parser.add_argument("--users", type=int, default=0, help="default: a fifth of the sessions")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--roles", default=Drill.ROLES, help="default: %(default)s")
     options = parser.parse_args(arguments)
     options.client_limit, options.time = 19000, 900 + options.seconds
     Server.loud = False
