@@ -1526,9 +1526,11 @@ class Service:
         self.clients[fd].close(reason, farewell=True)
 
     def move_on(self, fd: int) -> None:
-        """Draining: to the next generation, at the next boundary."""
-        if self.clients[fd].phase is Phase.RUNNING:
-            self.clients[fd].pump()
+        """Draining: to the next generation, at the next boundary; not to sleep any more."""
+        client = self.clients[fd]
+        client.stay()
+        if client.phase is Phase.RUNNING:
+            client.pump()
 
     def ended(self, session: Session | State, reason: str, received: int, sent: int) -> None:
         if not self.role.requests:

@@ -2452,7 +2452,7 @@ class Fleet:
             client.socket.send(line.replace(b"%p", self.password.encode()))
 
     def drop(self, client):
-        del self.open[client.socket.fileno()]
+        self.open.pop(client.socket.fileno(), None)  # absent if it was refused
         client.socket.close()
         client.socket = None
 
