@@ -2721,21 +2721,17 @@ def check_name(name: str) -> str:
     for it (RFC 3501 5.1.3); else NO [CANNOT]. Nothing else may become part of a path."""
     if name.upper() == "INBOX":
         return "INBOX"
-    reason = ""
-    if not name.isascii() or not name.isprintable() or "/" in name:
-        reason = "character not allowed"
-    elif not all(name.split(".")) or len(name) > NAME_LIMIT:
-        reason = "too long, or nothing between separators"
-    for run in re.findall("&([^-]*-?)", name) if not reason else ():
+    fine = name.isascii() and name.isprintable() and "/" not in name
+    fine = fine and all(name.split(".")) and len(name) <= NAME_LIMIT
+    for run in re.findall("&([^-]*-?)", name):
         try:
             text = base64.b64decode(run[:-1].replace(",", "/") + "==").decode("utf-16-be")
-            again = base64.b64encode(text.encode("utf-16-be")).rstrip(b"=").decode() + "-"
         except ValueError:
-            again = text = ""
-        if again.replace("/", ",") != run or re.search("[ -~]", text):
-            reason = "not modified UTF-7"
-    if reason:
-        raise MailError("CANNOT", f"Invalid mailbox name: {reason}")
+            text = " "  # refused, as is all of ASCII in this form
+        again = base64.b64encode(text.encode("utf-16-be")).rstrip(b"=").decode().replace("/", ",")
+        fine = fine and again + "-" == run and not re.search("[ -~]", text)
+    if not fine:
+        raise MailError("CANNOT", "Invalid mailbox name")
     return name
 
 
@@ -2996,17 +2992,18 @@ class Index:
         readdir(3) may miss a file that is renamed meanwhile. So a message is only gone if it is
         missing in a folder whose time was old before the listing, and the same after it.
         """
-        gone, moved, modseq = [], [], box.modseq + 1
-        query = "SELECT uid, file, flags, modseq FROM message WHERE box = ?"
-        for uid, file, flags, before in self.db.execute(query, (box.id,)):
+        gone, moved = [], []
+        query = "SELECT uid, file FROM message WHERE box = ?"
+        for uid, file in self.db.execute(query, (box.id,)):
             now = found.pop(base_of(file), None)
             if now is None:
                 gone.append(uid)
             elif now != file:
-                changed = flags_of(now) != flags
-                moved.append((now, flags_of(now), modseq if changed else before, box.id, uid))
-        query = "UPDATE message SET file = ?, flags = ?, modseq = ? WHERE box = ? AND uid = ?"
-        self.db.executemany(query, moved)
+                moved.append((now, flags_of(now), box.modseq + 1, box.id, uid))
+        self.db.executemany(
+            "UPDATE message SET file = ?1, flags = ?2, modseq = iif(flags = ?2, modseq, ?3)"
+            " WHERE box = ?4 AND uid = ?5", moved,
+        )
         if calm and gone:
             self.forget(box.id, gone)
         fresh = sorted(found.values(), key=lambda file: (len(file.partition(b".")[0]), file[4:]))
@@ -3097,35 +3094,27 @@ class Index:
     ) -> list[tuple[int, int]]:
         """All or nothing: the UIDs here and there. Moving expunges when the copies are safe:
         killed in between, it leaves both, never none."""
-        made: list[bytes] = []
-        try:
+        with contextlib.ExitStack() as undo:
             with self.change(target.id):
                 source = self.catch_up(source.id)[0]
                 target = self.by_id(target.id)  # as it is now, if it is the source too
+                here, there = self.folder(source.name), self.folder(target.name)
                 rows = self.picked(source.id, uids)
-                self.link_all(self.folder(source.name), rows, target, made)
+                words = {word for row in rows for word in row.keywords.split()}
+                self.known_keywords(target, sorted(words))
+                for uid, row in enumerate(rows, target.uidnext):
+                    file = b"cur/" + unique_name() + b":2," + row.flags.encode()
+                    path = there + b"/" + file
+                    on_file(here, row.file, partial(os.link, dst=path))
+                    undo.callback(os.unlink, path)
+                    self.add(target, uid, file, row.keywords)
                 if len(rows) < len(uids):
                     raise Vanished
-        except BaseException:
-            for path in made:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-            raise
+                sync_directory(there + b"/cur")
+            undo.pop_all()
         if move:
             self.expunge(source.id, uids)
         return [(row.uid, uid) for uid, row in enumerate(rows, target.uidnext)]
-
-    def link_all(
-        self, source: bytes, rows: list[MessageRow], target: Mailbox, made: list[bytes]
-    ) -> None:
-        self.known_keywords(target, sorted({w for row in rows for w in row.keywords.split()}))
-        folder = self.folder(target.name)
-        for uid, row in enumerate(rows, target.uidnext):
-            name = b"cur/" + unique_name() + b":2," + row.flags.encode()
-            made.append(folder + b"/" + name)
-            on_file(source, row.file, lambda path: os.link(path, made[-1]))
-            self.add(target, uid, name, row.keywords)
-        sync_directory(folder + b"/cur")
 
     def expunge(self, number: int, uids: Sequence[int], deleted_only: bool = False) -> None:
         with self.change(number) as box:
