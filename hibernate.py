@@ -2559,7 +2559,7 @@ CREATE TABLE expunged (box INTEGER, modseq INTEGER, uid INTEGER, time INTEGER,
 CREATE TRIGGER erased AFTER DELETE ON mailbox BEGIN
     DELETE FROM message WHERE box = old.id; DELETE FROM expunged WHERE box = old.id; END;
 CREATE TRIGGER gone AFTER DELETE ON message BEGIN INSERT INTO expunged
-    SELECT id, modseq + 1, old.uid, strftime('%s') FROM mailbox WHERE id = old.box; END;
+    SELECT id, modseq + 1, old.uid, strftime('%s', 'now') FROM mailbox WHERE id = old.box; END;
 PRAGMA user_version = {INDEX_VERSION};
 COMMIT;
 """
@@ -2638,6 +2638,16 @@ def listing(folder: bytes) -> dict[bytes, bytes]:
     names = [b"new/" + name for name in os.listdir(folder + b"/new")]
     names += [b"cur/" + name for name in os.listdir(folder + b"/cur")]
     return {base_of(name): name for name in names if not name.startswith(b".", 4)}
+
+
+def sweep(folder: bytes) -> None:
+    """Remove what deliveries that failed have left in tmp/ for 36 hours, the Maildir rule. By
+    ctime: an APPEND under way may have given its file a date of long ago."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder + b"/tmp"):
+            status = entry.stat(follow_symlinks=False)
+            if entry.is_file(follow_symlinks=False) and time.time() - status.st_ctime > 36 * 3600:
+                os.unlink(entry.path)
 
 
 def on_file(folder: bytes, file: bytes, action: Callable[[bytes], Any]) -> Any:
@@ -2956,6 +2966,7 @@ class Index:
                 return box, UNSETTLED
             calm = settled(times)
             found = listing(folder)
+            sweep(folder)
             if not calm or folder_times(folder) != times:
                 times = UNSETTLED
         except FileNotFoundError:
@@ -3001,8 +3012,9 @@ class Index:
             elif now != file:
                 moved.append((now, flags_of(now), box.modseq + 1, box.id, uid))
         self.db.executemany(
-            "UPDATE message SET file = ?1, flags = ?2, modseq = iif(flags = ?2, modseq, ?3)"
-            " WHERE box = ?4 AND uid = ?5", moved,
+            "UPDATE message SET file = ?1, flags = ?2,"
+            " modseq = CASE flags WHEN ?2 THEN modseq ELSE ?3 END WHERE box = ?4 AND uid = ?5",
+            moved,
         )
         if calm and gone:
             self.forget(box.id, gone)
@@ -3065,12 +3077,11 @@ class Index:
         with self.change(number, durable=False) as box:
             folder, names = self.folder(box.name), self.known_keywords(box, keywords)
             for row in self.picked(number, uids):
-                letters = "".join(sorted(combine(how, row.flags, flags)))
-                words = " ".join(combine(how, row.keywords.split(), names))
-                file = row.file
                 if row.modseq > unchanged_since:
                     refused.append(row.uid)
                     continue
+                file, letters = row.file, "".join(sorted(combine(how, row.flags, flags)))
+                words = " ".join(combine(how, row.keywords.split(), names))
                 if letters != row.flags:
                     with contextlib.suppress(Vanished):  # of which the next look will tell
                         file = on_file(folder, file, lambda path: reflag(path, how, flags))
