@@ -2570,7 +2570,7 @@ def bind(address: str, port: int, reuse_port: bool) -> socket.socket:
 # \Recent goes by UID. Symbolic links are followed: nobody can make one by IMAP.
 # ------------------------------------------------------------------------------------------------
 
-INDEX_VERSION = 0x48420001  # as user_version; any other file in its place is put aside
+INDEX_VERSION = 0x48420002  # as user_version; any other file in its place is put aside
 INDEXES_OPEN = 8  # connections a worker keeps, at about 160 KB and three descriptors each
 INDEX_PATIENCE = 0.2  # seconds to wait for another process's transaction, then NO [INUSE]
 EXPUNGED_KEPT = 7 * 86400  # seconds; no session is that far behind
@@ -2592,6 +2592,8 @@ CREATE TABLE expunged (box INTEGER, modseq INTEGER, uid INTEGER, time INTEGER,
     PRIMARY KEY (box, modseq, uid)) WITHOUT ROWID;
 CREATE TRIGGER erased AFTER DELETE ON mailbox BEGIN
     DELETE FROM message WHERE box = old.id; DELETE FROM expunged WHERE box = old.id; END;
+CREATE TRIGGER gone AFTER DELETE ON message BEGIN INSERT INTO expunged
+    SELECT id, modseq + 1, old.uid, strftime('%s', 'now') FROM mailbox WHERE id = old.box; END;
 PRAGMA user_version = {INDEX_VERSION};
 COMMIT;
 """
@@ -2662,7 +2664,7 @@ def settled(times: Times) -> bool:
     """Would a change from now on show in the times? The kernel's clock for files ticks every few
     milliseconds, that of some file systems every second or two."""
     now = time.time_ns()
-    return all(abs(now - t) > (20_000_000 if t % 10**9 else 2 * 10**9) for t in times)
+    return all(abs(now - t) > (YOUNG if t % 10**9 else 2 * 10**9) for t in times)
 
 
 def listing(folder: bytes) -> dict[bytes, bytes]:
@@ -2672,15 +2674,23 @@ def listing(folder: bytes) -> dict[bytes, bytes]:
     return {base_of(name): name for name in names if not name.startswith(b".", 4)}
 
 
+def sweep(folder: bytes) -> None:
+    """Remove what deliveries that failed have left in tmp/ for 36 hours, the Maildir rule. By
+    ctime: an APPEND under way may have given its file a date of long ago."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder + b"/tmp"):
+            status = entry.stat(follow_symlinks=False)
+            if entry.is_file(follow_symlinks=False) and time.time() - status.st_ctime > 36 * 3600:
+                os.unlink(entry.path)
+
+
 def on_file(folder: bytes, file: bytes, action: Callable[[bytes], Any]) -> Any:
-    """action(file), wherever another program has just renamed it to."""
+    """action(path of the file), wherever another program has just renamed it to."""
     for _ in range(3):
-        try:
-            return action(file)
-        except FileNotFoundError:
-            if not (found := listing(folder).get(base_of(file))):
-                break
-            file = found
+        with contextlib.suppress(FileNotFoundError):
+            return action(folder + b"/" + file)
+        if not (file := listing(folder).get(base_of(file), b"")):
+            break
     raise Vanished
 
 
@@ -2755,21 +2765,17 @@ def check_name(name: str) -> str:
     for it (RFC 3501 5.1.3); else NO [CANNOT]. Nothing else may become part of a path."""
     if name.upper() == "INBOX":
         return "INBOX"
-    reason = ""
-    if not name.isascii() or not name.isprintable() or "/" in name:
-        reason = "character not allowed"
-    elif not all(name.split(".")) or len(name) > NAME_LIMIT:
-        reason = "too long, or nothing between separators"
-    for run in re.findall("&([^-]*-?)", name) if not reason else ():
+    fine = name.isascii() and name.isprintable() and "/" not in name
+    fine = fine and all(name.split(".")) and len(name) <= NAME_LIMIT
+    for run in re.findall("&([^-]*-?)", name):
         try:
             text = base64.b64decode(run[:-1].replace(",", "/") + "==").decode("utf-16-be")
-            again = base64.b64encode(text.encode("utf-16-be")).rstrip(b"=").decode() + "-"
         except ValueError:
-            again = text = ""
-        if again.replace("/", ",") != run or re.search("[ -~]", text):
-            reason = "not modified UTF-7"
-    if reason:
-        raise MailError("CANNOT", f"Invalid mailbox name: {reason}")
+            text = " "  # refused, as is all of ASCII in this form
+        again = base64.b64encode(text.encode("utf-16-be")).rstrip(b"=").decode().replace("/", ",")
+        fine = fine and again + "-" == run and not re.search("[ -~]", text)
+    if not fine:
+        raise MailError("CANNOT", "Invalid mailbox name")
     return name
 
 
@@ -2877,12 +2883,10 @@ class Index:
         query = "SELECT * FROM mailbox WHERE name = ?"
         if not (row := self.db.execute(query, (name,)).fetchone()):
             with self.transaction():
-                if not self.db.execute(query, (name,)).fetchone():
-                    self.insert(name)
-            row = self.db.execute(query, (name,)).fetchone()
+                row = self.db.execute(query, (name,)).fetchone() or self.insert(name)
         return Mailbox(*row)
 
-    def insert(self, name: str) -> None:
+    def insert(self, name: str) -> Mailbox:
         """A new row. Its UIDVALIDITY is greater than any before, of this index or of a deleted
         one: the clock, or the last one and one more; a file's time remembers that."""
         self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))  # another program's victim
@@ -2891,7 +2895,8 @@ class Index:
             last = int(os.fstat(file.fileno()).st_mtime)
         value = max(int(time.time()), last + 1)
         os.utime(mark, (value, value))
-        self.db.execute("INSERT INTO mailbox (name, uidvalidity) VALUES (?, ?)", (name, value))
+        query = "INSERT INTO mailbox (name, uidvalidity) VALUES (?, ?)"
+        return self.by_id(self.db.execute(query, (name, value)).lastrowid or 0)
 
     def create_folder(self, name: str) -> Mailbox:
         with self.transaction():
@@ -2900,8 +2905,7 @@ class Index:
             folder = self.folder(name)
             make_home(os.fsdecode(folder))
             open(folder + b"/maildirfolder", "ab").close()  # Maildir++: a folder, no home
-            self.insert(name)
-        return self.by_name(name)
+            return self.insert(name)
 
     def delete_folder(self, name: str) -> None:
         if name == "INBOX":
@@ -2996,53 +3000,70 @@ class Index:
                 return box, UNSETTLED
             calm = settled(times)
             found = listing(folder)
+            sweep(folder)
             if not calm or folder_times(folder) != times:
                 times = UNSETTLED
         except FileNotFoundError:
             raise MailError("NONEXISTENT", "Mailbox was deleted") from None
-        return self.note(box, *self.compare(box, found, times != UNSETTLED), times), times
+        self.compare(box, found, times != UNSETTLED)
+        return self.note(number, times), times
 
-    def note(self, box: Mailbox, uidnext: int, modseq: int, times: Times | None = None) -> Mailbox:
-        """The end of a change; without times one of our own, which says nothing of others'."""
-        new, cur = times or (-each for each in folder_times(self.folder(box.name)))
-        query = "UPDATE mailbox SET uidnext = ?, modseq = ?, new = ?, cur = ? WHERE id = ?"
-        self.db.execute(query, (uidnext, modseq, new, cur, box.id))
-        return box._replace(uidnext=uidnext, modseq=modseq, new=new, cur=cur)
+    def note(self, number: int, times: Times) -> Mailbox:
+        """The end of a change: count on from what it has left in the tables."""
+        self.db.execute(
+            "UPDATE mailbox SET new = ?, cur = ?,"
+            " uidnext = max(uidnext, (SELECT ifnull(max(uid), 0) + 1 FROM message WHERE box = id)),"
+            " modseq = max(modseq, (SELECT ifnull(max(modseq), 0) FROM message WHERE box = id),"
+            " (SELECT ifnull(max(modseq), 0) FROM expunged WHERE box = id)) WHERE id = ?",
+            (*times, number),
+        )
+        return self.by_id(number)
 
-    def compare(self, box: Mailbox, found: dict[bytes, bytes], calm: bool) -> tuple[int, int]:
-        """Bring the rows in line with `found`; return the new UIDNEXT and MODSEQ.
+    @contextlib.contextmanager
+    def change(self, number: int, durable: bool = True) -> Iterator[Mailbox]:
+        """A change of our own, under the lock, to a mailbox that agrees with its folder. The
+        times are then negative: ours say nothing of others' changes."""
+        with self.transaction(durable=durable):
+            box = self.catch_up(number)[0]
+            before = self.db.total_changes
+            yield box
+            if self.db.total_changes != before:
+                new, cur = folder_times(self.folder(box.name))
+                self.note(number, (-new, -cur))
+
+    def compare(self, box: Mailbox, found: dict[bytes, bytes], calm: bool) -> None:
+        """Bring the rows in line with `found`.
 
         readdir(3) may miss a file that is renamed meanwhile. So a message is only gone if it is
         missing in a folder whose time was old before the listing, and the same after it.
         """
-        gone, moved, modseq = [], [], box.modseq + 1
-        query = "SELECT uid, file, flags, modseq FROM message WHERE box = ?"
-        for uid, file, flags, before in self.db.execute(query, (box.id,)):
+        gone, moved = [], []
+        query = "SELECT uid, file FROM message WHERE box = ?"
+        for uid, file in self.db.execute(query, (box.id,)):
             now = found.pop(base_of(file), None)
             if now is None:
                 gone.append(uid)
             elif now != file:
-                changed = flags_of(now) != flags
-                moved.append((now, flags_of(now), modseq if changed else before, box.id, uid))
-        query = "UPDATE message SET file = ?, flags = ?, modseq = ? WHERE box = ? AND uid = ?"
-        self.db.executemany(query, moved)
-        gone = gone if calm else []
-        self.forget(box.id, gone, modseq)
+                moved.append((now, flags_of(now), box.modseq + 1, box.id, uid))
+        self.db.executemany(
+            "UPDATE message SET file = ?1, flags = ?2,"
+            " modseq = CASE flags WHEN ?2 THEN modseq ELSE ?3 END WHERE box = ?4 AND uid = ?5",
+            moved,
+        )
+        if calm and gone:
+            self.forget(box.id, gone)
         fresh = sorted(found.values(), key=lambda file: (len(file.partition(b".")[0]), file[4:]))
         for uid, file in enumerate(fresh, box.uidnext):
-            self.add(box.id, uid, file, "", modseq)
-        any_change = fresh or gone or any(row[2] == modseq for row in moved)
-        return box.uidnext + len(fresh), modseq if any_change else box.modseq
+            self.add(box, uid, file)
 
-    def add(self, number: int, uid: int, file: bytes, keywords: str, modseq: int) -> None:
-        row = (number, uid, file, flags_of(file), keywords, modseq, None)
+    def add(self, box: Mailbox, uid: int, file: bytes, keywords: str = "") -> None:
+        row = (box.id, uid, file, flags_of(file), keywords, box.modseq + 1, None)
         self.db.execute("INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
-    def forget(self, number: int, uids: Sequence[int], modseq: int) -> None:
-        now = int(time.time())
-        self.db.execute("DELETE FROM expunged WHERE time < ?", (now - EXPUNGED_KEPT,))
-        rows = [(number, modseq, uid, now) for uid in uids]
-        self.db.executemany("INSERT INTO expunged VALUES (?, ?, ?, ?)", rows)
+    def forget(self, number: int, uids: Sequence[int]) -> None:
+        """Delete rows; a trigger remembers their UIDs for sessions that know them."""
+        old = int(time.time()) - EXPUNGED_KEPT
+        self.db.execute("DELETE FROM expunged WHERE time < ?", (old,))
         keys = [(number, uid) for uid in uids]
         self.db.executemany("DELETE FROM message WHERE box = ? AND uid = ?", keys)
 
@@ -3061,8 +3082,7 @@ class Index:
 
     def date(self, box: Mailbox, row: MessageRow) -> float:
         """INTERNALDATE: the file's time, which renames, links and backups keep."""
-        folder = self.folder(box.name)
-        when = on_file(folder, row.file, lambda file: os.stat(folder + b"/" + file).st_mtime)
+        when = on_file(self.folder(box.name), row.file, os.stat).st_mtime
         return float(min(max(when, -(2**31)), 2**35))  # years that datetime can do
 
     def keep_sizes(self, number: int, sizes: dict[int, int]) -> None:
@@ -3077,8 +3097,8 @@ class Index:
         names = [known.setdefault(keyword.lower(), keyword) for keyword in wanted]
         if len(known) > KEYWORD_LIMIT:
             raise MailError("LIMIT", "Too many keywords in this mailbox")
-        words = " ".join(known.values())
-        self.db.execute("UPDATE mailbox SET keywords = ? WHERE id = ?", (words, box.id))
+        if (words := " ".join(known.values())) != box.keywords:
+            self.db.execute("UPDATE mailbox SET keywords = ? WHERE id = ?", (words, box.id))
         return names
 
     def store(
@@ -3088,35 +3108,30 @@ class Index:
         """STORE with how "+", "-" or "" (replace): the MODSEQ of the change, and the UIDs left
         alone because they have changed since."""
         updates, refused = [], []
-        with self.transaction(durable=False):
-            box = self.catch_up(number)[0]
+        with self.change(number, durable=False) as box:
             folder, names = self.folder(box.name), self.known_keywords(box, keywords)
             for row in self.picked(number, uids):
-                letters = "".join(sorted(combine(how, row.flags, flags)))
-                words = " ".join(combine(how, row.keywords.split(), names))
-                file = row.file
                 if row.modseq > unchanged_since:
                     refused.append(row.uid)
                     continue
+                file, letters = row.file, "".join(sorted(combine(how, row.flags, flags)))
+                words = " ".join(combine(how, row.keywords.split(), names))
                 if letters != row.flags:
                     with contextlib.suppress(Vanished):  # of which the next look will tell
-                        file = on_file(folder, file, lambda old: reflag(folder, old, how, flags))
+                        file = on_file(folder, file, lambda path: reflag(path, how, flags))
                 if (letters, words) != (row.flags, row.keywords):
                     updates.append((file, flags_of(file), words, box.modseq + 1, number, row.uid))
             query = "UPDATE message SET file = ?, flags = ?, keywords = ?, modseq = ?"
             self.db.executemany(query + " WHERE box = ? AND uid = ?", updates)
             if updates:
                 os.utime(folder + b"/cur")  # keywords rename nothing, and yet sleepers must stir
-                self.note(box, box.uidnext, box.modseq + 1)
         return box.modseq + 1, refused
 
     def append(self, number: int, delivery: Delivery, flags: str, keywords: Sequence[str]) -> int:
         """Take in a delivery that is finished; return its UID."""
-        with self.transaction():
-            box = self.catch_up(number)[0]
+        with self.change(number) as box:
             names = " ".join(self.known_keywords(box, keywords))
-            self.add(number, box.uidnext, delivery.keep(flags), names, box.modseq + 1)
-            self.note(box, box.uidnext + 1, box.modseq + 1)
+            self.add(box, box.uidnext, delivery.keep(flags), names)
         return box.uidnext
 
     def copy(
@@ -3124,48 +3139,37 @@ class Index:
     ) -> list[tuple[int, int]]:
         """All or nothing: the UIDs here and there. Moving expunges when the copies are safe:
         killed in between, it leaves both, never none."""
-        made: list[bytes] = []
-        try:
-            with self.transaction():
-                pairs = self.link_all(source, uids, target, made)
-        except BaseException:
-            for path in made:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-            raise
+        with contextlib.ExitStack() as undo:
+            with self.change(target.id):
+                source = self.catch_up(source.id)[0]
+                target = self.by_id(target.id)  # as it is now, if it is the source too
+                here, there = self.folder(source.name), self.folder(target.name)
+                rows = self.picked(source.id, uids)
+                words = {word for row in rows for word in row.keywords.split()}
+                self.known_keywords(target, sorted(words))
+                for uid, row in enumerate(rows, target.uidnext):
+                    file = b"cur/" + unique_name() + b":2," + row.flags.encode()
+                    path = there + b"/" + file
+                    on_file(here, row.file, partial(os.link, dst=path))
+                    undo.callback(os.unlink, path)
+                    self.add(target, uid, file, row.keywords)
+                if len(rows) < len(uids):
+                    raise Vanished
+                sync_directory(there + b"/cur")
+            undo.pop_all()
         if move:
             self.expunge(source.id, uids)
-        return pairs
-
-    def link_all(
-        self, source: Mailbox, uids: Sequence[int], target: Mailbox, made: list[bytes]
-    ) -> list[tuple[int, int]]:
-        source, target = self.catch_up(source.id)[0], self.catch_up(target.id)[0]
-        here, there = self.folder(source.name) + b"/", self.folder(target.name) + b"/"
-        rows = self.picked(source.id, uids)
-        self.known_keywords(target, sorted({w for row in rows for w in row.keywords.split()}))
-        for uid, row in enumerate(rows, target.uidnext):
-            name = b"cur/" + unique_name() + b":2," + row.flags.encode()
-            made.append(there + name)
-            on_file(here[:-1], row.file, lambda file: os.link(here + file, made[-1]))
-            self.add(target.id, uid, name, row.keywords, target.modseq + 1)
-        if len(rows) < len(uids):
-            raise Vanished
-        sync_directory(there + b"cur")
-        self.note(target, target.uidnext + len(rows), target.modseq + 1)
         return [(row.uid, uid) for uid, row in enumerate(rows, target.uidnext)]
 
     def expunge(self, number: int, uids: Sequence[int], deleted_only: bool = False) -> None:
-        with self.transaction():
-            box = self.catch_up(number)[0]
-            folder, rows = self.folder(box.name), self.picked(number, uids)
+        with self.change(number) as box:
+            rows = self.picked(number, uids)
             rows = [row for row in rows if "T" in row.flags or not deleted_only]
             for row in rows:
                 with contextlib.suppress(Vanished):
-                    on_file(folder, row.file, lambda file: os.unlink(folder + b"/" + file))
+                    on_file(self.folder(box.name), row.file, os.unlink)
             if rows:
-                self.forget(number, [row.uid for row in rows], box.modseq + 1)
-                self.note(box, box.uidnext, box.modseq + 1)
+                self.forget(number, [row.uid for row in rows])
 
 
 def combine(how: str, old: Sequence[str], change: Sequence[str]) -> list[str]:
@@ -3179,13 +3183,15 @@ def combine(how: str, old: Sequence[str], change: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*(old if how else ()), *change]))
 
 
-def reflag(folder: bytes, file: bytes, how: str, flags: str) -> bytes:
+def reflag(path: bytes, how: str, flags: str) -> bytes:
     """Rename for new flags; letters that IMAP doesn't know stay (Dovecot's keywords, mutt's P)."""
+    folder, sub, name = path.rsplit(b"/", 2)
+    file = sub + b"/" + name
     info = file.partition(b":2,")[2].decode("latin-1")
     others = [letter for letter in info if letter not in "DFRST"]
     letters = "".join(sorted({*combine(how, flags_of(file), flags), *others}))
     renamed = b"cur/" + base_of(file) + b":2," + letters.encode("latin-1")
-    os.rename(folder + b"/" + file, folder + b"/" + renamed)
+    os.rename(path, folder + b"/" + renamed)
     return renamed
 # ------------------------------------------------------------------------------------------------
 # 9  Messages
