@@ -3164,7 +3164,7 @@ def reflag(folder: bytes, file: bytes, how: str, flags: str) -> bytes:
 
 MAX_DEPTH, MAX_PARTS, MAX_BOUNDARY = 100, 10_000, 80  # a part beyond these stays opaque
 NUL = "\ufffd".encode()
-ATEXT, MIME_TEXT = rb"!#-'*+\-/-9=?A-Z^-~\x80-\xff", rb"!#-'*+\-.0-9A-Z^-~\x80-\xff"
+ATEXT, MIME = rb"!#-'*+\-/-9=?A-Z^-~\x80-\xff", rb"!#-'*+\-.0-9A-Z^-~\x80-\xff"
 QUOTED = rb'"((?:[^"\\]++|\\.)*+)"'
 COMMENT = rb"\((?:[^()\\]++|\\.|\((?:[^()\\]++|\\.|\([^()]*+\))*+\))*+\)"  # nests three deep
 TOKEN = re.compile(  # space, comment, word, quoted string, domain literal; e: has no end
@@ -3176,22 +3176,22 @@ MAILBOX = re.compile(
     "(?:(?P<name>[wq]*)(?P<angle><)(?P<route>(?:@[wd],*)+:?)?)?(?P<user>[wq]?)"
     "(?P<at>@(?P<host>[wd]?))?(?(angle)(?P<end>>?)|(?(at)|(?P<more>[wq]*)))")
 HOST = re.compile(rb"\[.*\]|[%b]+(?:\.[%b]+)*+" % (ATEXT, ATEXT), re.S)
-MEDIA = re.compile(rb"\s*([%b]+)\s*(?:\Z|/\s*([%b]+)\s*(;.*|\Z))" % (MIME_TEXT, MIME_TEXT), re.S)
+MEDIA = re.compile(rb"\s*([%b]+)\s*(?:\Z|/\s*([%b]+)\s*(;.*|\Z))" % (MIME, MIME), re.S)
 KIND = re.compile(rb"(?P<text>text/)|(?P<message>message/rfc822\Z)|(?P<multipart>multipart/.)"
                   rb"|(?P<opaque>multipart/)", re.I)
 PARAMETER = re.compile(
-    rb';\s*+([%b]++)\s*+=\s*+(?:%b|(=[^; \t\r\n]*+|[%b]++|(?!")))' % (MIME_TEXT, QUOTED, MIME_TEXT),
-    re.S)
+    rb';\s*+([%b]++)\s*+=\s*+(?:%b|(=[^; \t\r\n]*+|[%b]++|(?!")))' % (MIME, QUOTED, MIME), re.S)
 PIECE = re.compile(rb"([^*]*)\*([0-9]{0,9})(\*?)")
-ONE_WORD = re.compile(rb"\s*([%b]*)\s*" % MIME_TEXT)
+ONE_WORD = re.compile(rb"\s*([%b]*)\s*" % MIME)
 LANGUAGES = re.compile(rb"\s*([%b]+(?:\s*,\s*[%b]+)*+)" % (ATEXT, ATEXT))
 HEADER_END, BODY_END = re.compile(rb"^(?:\r\n|--)", re.M), re.compile(rb"\n--")
 ENCODED_WORD = re.compile(
     rb"=\?([^?*]*+)(?:\*[^?]*+)?\?([bq])\?([^?]*+)\?=(?:[ \t\r\n]++(?==\?))?", re.I)
 # Only what is in Python's own table: looking up any other name imports, and is never forgotten.
-CHARSETS = frozenset(aliases) | frozenset(aliases.values()) | {"koi8_u", "cp874"}
-
-MEDIA_OF = {"message": (b"message", b"rfc822"), "opaque": (b"application", b"octet-stream")}
+CHARSETS = {name for name in (*aliases, *aliases.values(), "koi8_u", "cp874")
+            if not re.search("codec|rot_13|mbcs", aliases.get(name, name))}
+MEDIA_OF: dict[str | None, tuple[bytes, bytes]] = {
+    "message": (b"message", b"rfc822"), "opaque": (b"application", b"octet-stream")}
 
 Fields = list[tuple[bytes, bytes]]
 Texts = tuple[bytes, ...]  # the boundaries that are open, innermost last
@@ -3205,7 +3205,7 @@ def quoted(text: bytes | str | None) -> bytes:
         return b"NIL"
     raw = text.encode("utf-8", "replace") if isinstance(text, str) else text
     raw = raw.replace(b"\0", b"\x80")  # literals must not hold it either
-    if not raw.isascii() or re.search(rb'[\r\n]|(?:["\\].*){5}', raw):
+    if not raw.isascii() or re.search(rb'[\r\n]|(?:["\\][^"\\]*){5}', raw):
         return b"{%d}\r\n%b" % (len(raw), raw)
     return b'"%b"' % re.sub(rb'(["\\])', rb"\\\1", raw)
 
@@ -3313,14 +3313,13 @@ def parameters(value: bytes) -> Fields:
             whole.append((name, text))
     pieces.sort(key=lambda piece: piece[:2])
     for _, group in itertools.groupby(pieces, key=lambda piece: piece[0].lower()):
-        names, numbers, stars, texts = zip(*group)
-        star = max(stars)
-        if numbers != tuple(range(len(numbers))):  # some are missing: as they are
-            whole += [(b"%b*%d%b" % row[:3], row[3]) for row in zip(names, numbers, stars, texts)]
+        rows = list(group)
+        star = max(row[2] for row in rows)
+        if [row[1] for row in rows] != list(range(len(rows))):  # some are missing: as they are
+            whole += [(b"%b*%d%b" % row[:3], row[3]) for row in rows]
         else:
-            texts = [text if each == star else text.replace(b"%", b"%25")
-                     for text, each in zip(texts, stars)]
-            whole.append((names[0] + star, b"''" * (stars[0] != star) + b"".join(texts)))
+            texts = [row[3] if row[2] == star else row[3].replace(b"%", b"%25") for row in rows]
+            whole.append((rows[0][0] + star, b"''" * (rows[0][2] != star) + b"".join(texts)))
     return whole
 
 
@@ -3334,13 +3333,11 @@ class Part:
     def __init__(self, parent: Part | None, start: int, body: int, fields: Fields) -> None:
         self.start, self.body, self.end, self.fields = start, body, body, fields
         self.children: list[Part] = []
-        self.depth, self.inside, self.kind = 1, False, "other"
+        self.depth: int = parent.depth + 1 if parent else 1
+        self.inside = parent is not None and parent.kind == "multipart"
         self.media: tuple[bytes, bytes, Fields] = b"text", b"plain", []
-        if parent:
-            parent.children.append(self)
-            self.depth, self.inside = parent.depth + 1, parent.kind == "multipart"
-            if parent.media[1].lower() == b"digest":
-                self.media = b"message", b"rfc822", []
+        if parent and parent.media[1].lower() == b"digest":
+            self.media = b"message", b"rfc822", []
         first = dict(reversed(fields))
         if b"content-type" in first:
             media = MEDIA.match(uncommented(first[b"content-type"]))
@@ -3348,17 +3345,13 @@ class Part:
             self.media = main, sub, parameters(more)
         self.named = {name.lower(): value for name, value in reversed(self.media[2])}
         kind = KIND.match(b"%b/%b" % self.media[:2])
-        if kind:
-            self.kind = kind.lastgroup or "other"
+        self.kind: str | None = kind and kind.lastgroup  # None: nothing that we look into
         self.first = first if self.inside or {b"mime-version", b"content-type"} & set(first) else {}
 
 
 def decoded(raw: bytes, charset: bytes) -> str:
     name = charset.decode("latin-1").lower().replace("-", "_")
-    try:
-        return raw.decode(name if name in CHARSETS else "utf-8", "replace")
-    except (LookupError, ValueError):  # a codec that is not for text, or refuses
-        return raw.decode("utf-8", "replace")
+    return raw.decode(name if name in CHARSETS else "utf-8", "replace")
 
 
 def untransferred(raw: bytes, encoding: bytes) -> bytes:
@@ -3373,11 +3366,11 @@ def untransferred(raw: bytes, encoding: bytes) -> bytes:
 
 def decoded_words(value: bytes) -> str:
     """A header's text with folds and encoded words (RFC 2047) undone."""
-    def plain(match: re.Match[bytes]) -> bytes:
-        return decoded(untransferred(match[3], match[2].lower()), match[1]).encode(
-            "utf-8", "replace")
-    value = re.sub(rb"\r\n(?=[ \t])", b"", value)
-    return ENCODED_WORD.sub(plain, value).decode("utf-8", "replace")
+    def plain(word: re.Match[bytes]) -> bytes:
+        text = decoded(untransferred(word[3], word[2].lower()), word[1])
+        return text.encode("utf-8", "replace")
+
+    return ENCODED_WORD.sub(plain, re.sub(rb"\r\n(?=[ \t])", b"", value)).decode("utf-8", "replace")
 
 
 class Message:
@@ -3386,7 +3379,7 @@ class Message:
     def __init__(self, raw: bytes) -> None:
         if raw.count(b"\n") != raw.count(b"\r\n"):
             raw = raw.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-        self.data, self.size = raw, len(raw)
+        self.data, self.size, self.total = raw, len(raw), 0
         self.parts: list[Part] = []  # all of them in order, once `root` has been asked for
         self.numbered: dict[Numbers, Part] = {}
 
@@ -3401,7 +3394,7 @@ class Message:
         for match in before.finditer(self.data, max(at - 1, 0)):
             if match[0] == b"\r\n":
                 return match.end(), -1
-            if len(self.parts) < MAX_PARTS and self.data.startswith(texts, match.end()):
+            if self.total < MAX_PARTS and self.data.startswith(texts, match.end()):
                 line = self.data[match.end():match.end() + MAX_BOUNDARY + 4]
                 line = line.partition(b"\n")[0].removesuffix(b"\r")
                 fits = [index for index, text in enumerate(texts) if line.startswith(text)]
@@ -3412,11 +3405,14 @@ class Message:
 
     def read(self, parent: Part | None, start: int, number: Numbers, texts: Texts) -> int:
         """Read a part, and those in it, up to one of these boundaries; where it ends."""
+        self.total += 1
         at, stopped = self.boundary(HEADER_END, start, texts)
         part = Part(parent, start, at, header_fields(self.data[start:at]))
         self.parts.append(part)
+        if parent:
+            parent.children.append(part)
         mine, boundary = None, part.named.get(b"boundary")
-        if part.depth >= MAX_DEPTH or len(self.parts) >= MAX_PARTS:
+        if part.depth >= MAX_DEPTH or self.total >= MAX_PARTS and part.kind == "message":
             part.kind = "opaque" if part.kind in ("multipart", "message") else part.kind
         elif part.kind == "multipart" and boundary is not None and stopped < 0:
             mine, texts = len(texts), (*texts, boundary[:MAX_BOUNDARY])
@@ -3451,10 +3447,9 @@ class Message:
             people[name] = b"(%b)" % b"".join(rows) if rows else b"NIL"
             if not rows and name in (b"sender", b"reply-to"):
                 people[name] = people[b"from"]
-        return b"(%b %b %b %b %b)" % (
-            quoted_line(text.get(b"date")), quoted_human(text.get(b"subject")),
-            b" ".join(people.values()),
-            quoted_line(text.get(b"in-reply-to")), quoted_line(text.get(b"message-id")))
+        return b"(%b)" % b" ".join([
+            quoted_line(text.get(b"date")), quoted_human(text.get(b"subject")), *people.values(),
+            quoted_line(text.get(b"in-reply-to")), quoted_line(text.get(b"message-id"))])
 
     def bodystructure(self, extended: bool, part: Part | None = None) -> bytes:
         """BODYSTRUCTURE, or BODY; it recurses, but not deeper than MAX_DEPTH."""
@@ -3490,10 +3485,9 @@ class Message:
             found = found.children[0] if found.kind == "message" else None
         if not found or what == "MIME" and not part:
             return None
-        cut = slice(found.start, found.body)
-        if what in ("", "TEXT"):
-            cut = slice(found.body if part or what else 0, found.end)
-        text = self.data[cut].replace(b"\0", b"\x80")  # IMAP can't send NULs
+        start = found.body if what == "TEXT" or part and not what else found.start
+        text = self.data[start:found.end if what in ("", "TEXT") else found.body]
+        text = text.replace(b"\0", b"\x80")  # IMAP can't send NULs
         if not what.startswith("HEADER.FIELDS"):
             return text
         names, exclude = {name.lower().encode() for name in fields}, what == "HEADER.FIELDS.NOT"
@@ -3525,8 +3519,7 @@ class Message:
 
     def sent_date(self) -> datetime.date | None:
         """The day as written in the Date field: the SENT keys disregard the time zone."""
-        value = dict(reversed(self.root.fields)).get(b"date", b"")
-        found = email.utils.parsedate_tz(value[:200].decode("latin-1"))
+        found = email.utils.parsedate_tz(self.header_text("Date").partition("\n")[0][:200])
         try:
             return datetime.date(*found[:3]) if found else None
         except ValueError:
