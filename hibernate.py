@@ -44,14 +44,12 @@ import bisect
 import collections
 import contextlib
 import ctypes
-import dataclasses
 import datetime
 import email
 import email.utils
 import enum
 import errno
 import fcntl
-import functools
 import gc
 import getpass
 import grp
@@ -3192,6 +3190,7 @@ CHARSETS = {name for name in (*aliases, *aliases.values(), "koi8_u", "cp874")
             if not re.search("codec|rot_13|mbcs", aliases.get(name, name))}
 MEDIA_OF: dict[str | None, tuple[bytes, bytes]] = {
     "message": (b"message", b"rfc822"), "opaque": (b"application", b"octet-stream")}
+NO_PART = b'("text" "plain" ("charset" "us-ascii") NIL NIL "7bit" 0 0%b)'  # the grammar wants one
 
 Fields = list[tuple[bytes, bytes]]
 Texts = tuple[bytes, ...]  # the boundaries that are open, innermost last
@@ -3222,6 +3221,10 @@ def quoted_human(value: bytes | None) -> bytes:
     if text and (text != value or re.search(rb'[\x80-\xff"\\]', text)):
         return b"{%d}\r\n%b" % (len(text), text)
     return quoted(value and text)
+
+
+def quoted_list(found: Sequence[tuple[bytes, ...]]) -> bytes:
+    return b"(%b)" % b" ".join(quoted(text) for row in found for text in row) if found else b"NIL"
 
 
 def unquoted(text: bytes) -> bytes:
@@ -3275,11 +3278,11 @@ def addresses(value: bytes) -> list[Address]:
 
 def mailbox(match: re.Match[str], texts: list[bytes], comment: bytes, broken: bool) -> Address:
     """The address of some tokens, however broken."""
-    def words(group: str, glue: bytes = b"") -> bytes | None:
+    def words(group: str) -> bytes | None:
+        glue = b" " if group in ("name", "more") else b""
         return glue.join(texts[slice(*match.span(group))]) if match[group] else None
 
-    name, more = words("name", b" "), words("more", b" ")
-    route, user, host = words("route"), words("user"), words("host")
+    name, route, user, host, more = map(words, ("name", "route", "user", "host", "more"))
     if broken or not HOST.fullmatch(host or b""):
         host = None
     if match["angle"]:
@@ -3307,24 +3310,19 @@ def parameters(value: bytes) -> Fields:
     for name, inside, bare in PARAMETER.findall(value):
         text, piece = bare or unquoted(inside), PIECE.fullmatch(name)
         if piece:
-            star = piece[3] if piece[2] else b"*"
-            pieces.append((piece[1], int(piece[2] or 0), star, text))
+            pieces.append((piece[1], int(piece[2] or 0), piece[3] if piece[2] else b"*", text))
         else:
             whole.append((name, text))
     pieces.sort(key=lambda piece: piece[:2])
     for _, group in itertools.groupby(pieces, key=lambda piece: piece[0].lower()):
         rows = list(group)
-        star = max(row[2] for row in rows)
         if [row[1] for row in rows] != list(range(len(rows))):  # some are missing: as they are
             whole += [(b"%b*%d%b" % row[:3], row[3]) for row in rows]
-        else:
-            texts = [row[3] if row[2] == star else row[3].replace(b"%", b"%25") for row in rows]
-            whole.append((rows[0][0] + star, b"''" * (rows[0][2] != star) + b"".join(texts)))
+            continue
+        star = max(row[2] for row in rows)
+        texts = [row[3] if row[2] == star else row[3].replace(b"%", b"%25") for row in rows]
+        whole.append((rows[0][0] + star, b"''" * (rows[0][2] != star) + b"".join(texts)))
     return whole
-
-
-def parameter_list(found: Fields) -> bytes:
-    return b"(%b)" % b" ".join(quoted(s) for pair in found for s in pair) if found else b"NIL"
 
 
 class Part:
@@ -3347,6 +3345,22 @@ class Part:
         kind = KIND.match(b"%b/%b" % self.media[:2])
         self.kind: str | None = kind and kind.lastgroup  # None: nothing that we look into
         self.first = first if self.inside or {b"mime-version", b"content-type"} & set(first) else {}
+
+    def line(self, name: bytes) -> bytes:
+        return quoted_line(self.first.get(b"content-" + name))
+
+    def word(self, name: bytes) -> list[bytes]:
+        """The first word of such a field, and what is after it."""
+        return ONE_WORD.split(uncommented(self.first.get(b"content-" + name, b"")), 1)[1:]
+
+    def extension(self) -> list[bytes]:
+        """Disposition, language and location of BODYSTRUCTURE."""
+        word, rest = self.word(b"disposition")
+        disposition = b"(%b %b)" % (quoted(word), quoted_list(parameters(rest)))
+        match = LANGUAGES.match(uncommented(self.first.get(b"content-language", b"")))
+        languages = [(word.strip(),) for word in match[1].split(b",")] if match else []
+        return [disposition if b"content-disposition" in self.first else b"NIL",
+                quoted_list(languages), self.line(b"location")]
 
 
 def decoded(raw: bytes, charset: bytes) -> str:
@@ -3383,7 +3397,7 @@ class Message:
         self.parts: list[Part] = []  # all of them in order, once `root` has been asked for
         self.numbered: dict[Numbers, Part] = {}
 
-    @functools.cached_property
+    @cached_property
     def root(self) -> Part:
         self.read(None, 0, (), ())
         return self.parts[0]
@@ -3395,8 +3409,7 @@ class Message:
             if match[0] == b"\r\n":
                 return match.end(), -1
             if self.total < MAX_PARTS and self.data.startswith(texts, match.end()):
-                line = self.data[match.end():match.end() + MAX_BOUNDARY + 4]
-                line = line.partition(b"\n")[0].removesuffix(b"\r")
+                line = self.data[match.end():match.end() + MAX_BOUNDARY + 4].partition(b"\r\n")[0]
                 fits = [index for index, text in enumerate(texts) if line.startswith(text)]
                 exact = [index for index in fits if line in (texts[index], texts[index] + b"--")]
                 longest = max(fits, key=lambda index: (len(texts[index]), index))
@@ -3454,29 +3467,27 @@ class Message:
     def bodystructure(self, extended: bool, part: Part | None = None) -> bytes:
         """BODYSTRUCTURE, or BODY; it recurses, but not deeper than MAX_DEPTH."""
         part = part or self.root
-        found, more = part.media[2], quoted_line(part.first.get(b"content-md5"))
         if part.kind == "multipart":
-            children = [self.bodystructure(extended, child) for child in part.children]
-            if not children:  # the grammar wants one
-                children = [b'("text" "plain" ("charset" "us-ascii") NIL NIL "7bit" 0 0%b)' % (
-                    b" NIL NIL NIL NIL" * extended)]
-            words = [b"".join(children), quoted(part.media[1])]
-            more = parameter_list(found)
+            parts = [self.bodystructure(extended, child) for child in part.children]
+            parts = parts or [NO_PART % (b" NIL NIL NIL NIL" * extended)]
+            words = [b"".join(parts), quoted(part.media[1])]
+            more = quoted_list(part.media[2])
         else:
-            if part.kind == "text" and b"charset" not in part.named:
-                found = [*found, (b"charset", b"us-ascii")]
-            encoding = uncommented(part.first.get(b"content-transfer-encoding", b""))
-            _, word, rest = ONE_WORD.split(encoding, 1)
-            words = [*map(quoted, MEDIA_OF.get(part.kind, part.media[:2])), parameter_list(found),
-                     quoted_line(part.first.get(b"content-id")),
-                     quoted_line(part.first.get(b"content-description")),
-                     quoted(word if word and not rest else b"7bit"),
+            text = part.kind == "text" and b"charset" not in part.named
+            found = part.media[2] + [(b"charset", b"us-ascii")] * text
+            encoding, rest = part.word(b"transfer-encoding")
+            words = [*map(quoted, MEDIA_OF.get(part.kind, part.media[:2])), quoted_list(found),
+                     part.line(b"id"), part.line(b"description"),
+                     quoted(encoding if encoding and not rest else b"7bit"),
                      b"%d" % (part.end - part.body)]
             for child in part.children:
                 words += [self.envelope(child), self.bodystructure(extended, child)]
             if part.kind in ("text", "message"):
                 words.append(b"%d" % self.data.count(b"\n", part.body, part.end))
-        return b"(%b)" % b" ".join([*words, more, *extension(part.first)] if extended else words)
+            more = part.line(b"md5")
+        if extended:
+            words += [more, *part.extension()]
+        return b"(%b)" % b" ".join(words)
 
     def section(self, part: tuple[int, ...], what: str, fields: tuple[str, ...]) -> bytes | None:
         """BODY[part.what (fields)]; None if there is no such part."""
@@ -3524,17 +3535,6 @@ class Message:
             return datetime.date(*found[:3]) if found else None
         except ValueError:
             return None
-
-
-def extension(first: dict[bytes, bytes]) -> list[bytes]:
-    """Disposition, language and location of BODYSTRUCTURE."""
-    disposition = languages = b"NIL"
-    if b"content-disposition" in first:
-        _, word, rest = ONE_WORD.split(uncommented(first[b"content-disposition"]), 1)
-        disposition = b"(%b %b)" % (quoted(word), parameter_list(parameters(rest)))
-    if match := LANGUAGES.match(uncommented(first.get(b"content-language", b""))):
-        languages = b"(%b)" % b" ".join(quoted(s.strip()) for s in match[1].split(b","))
-    return [disposition, languages, quoted_line(first.get(b"content-location"))]
 
 
 # ------------------------------------------------------------------------------------------------
