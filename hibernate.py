@@ -3248,14 +3248,14 @@ def addresses(value: bytes) -> list[Address]:
     """The addresses of a From, To, ... for ENVELOPE; faults are marked as Dovecot does."""
     kinds, texts, comments, found = "", list[bytes](), list[bytes](), list[Address]()
     for token in TOKEN.finditer(value):
-        text, kind = token[0], token.lastgroup or chr(token[0][0])
+        text, kind = token[0], token.lastgroup or chr(token[0][0])  # a special is its own kind
         if kind == "c" and comments:
             comments[-1] = unquoted(text[1:-1])  # the last one after each token
         elif kind not in ("c", "s"):
             kinds += kind
             texts.append(unquoted(text[1:-1] if kind == "q" else text))
             comments.append(b"")
-    kinds, at, grouped = kinds + "$", 0, False
+    kinds, at, grouped = kinds + "$", 0, False  # a kind that no token is
     while kinds[at] != "$" and len(found) < MAX_PARTS:
         group = None if grouped else GROUP.match(kinds, at)
         if group:
@@ -3347,10 +3347,11 @@ class Part:
         self.first = first if self.inside or {b"mime-version", b"content-type"} & set(first) else {}
 
     def line(self, name: bytes) -> bytes:
+        """A Content- field of it as a string."""
         return quoted_line(self.first.get(b"content-" + name))
 
     def word(self, name: bytes) -> list[bytes]:
-        """The first word of such a field, and what is after it."""
+        """The first word of a Content- field, and what is after it."""
         return ONE_WORD.split(uncommented(self.first.get(b"content-" + name, b"")), 1)[1:]
 
     def extension(self) -> list[bytes]:
@@ -3388,7 +3389,7 @@ def decoded_words(value: bytes) -> str:
 
 
 class Message:
-    """One message, parsed as far as it is asked about; sizes and offsets are those with CRLF."""
+    """One message, parsed when more than its size is asked; all offsets are those with CRLF."""
 
     def __init__(self, raw: bytes) -> None:
         if raw.count(b"\n") != raw.count(b"\r\n"):
@@ -3403,8 +3404,7 @@ class Message:
         return self.parts[0]
 
     def boundary(self, before: re.Pattern[bytes], at: int, texts: Texts) -> tuple[int, int]:
-        """The next line that ends a header or body; which boundary it is: the exact, else the
-        longest, -1 for an empty line or the message's end."""
+        """Where what is at `at` ends; by which boundary: the exact, else the longest, -1: none."""
         for match in before.finditer(self.data, max(at - 1, 0)):
             if match[0] == b"\r\n":
                 return match.end(), -1
@@ -3429,7 +3429,7 @@ class Message:
             part.kind = "opaque" if part.kind in ("multipart", "message") else part.kind
         elif part.kind == "multipart" and boundary is not None and stopped < 0:
             mine, texts = len(texts), (*texts, boundary[:MAX_BOUNDARY])
-        self.numbered.setdefault(number, part)
+        self.numbered.setdefault(number, part)  # RFC 3501 6.4.5: what is not multipart has a part 1
         if part.kind != "multipart" and not (part.inside and part.kind == "message"):
             number += (1,)
             self.numbered.setdefault(number, part)
@@ -3522,10 +3522,10 @@ class Message:
             if with_header:
                 found.append(decoded_words(self.data[part.start:part.body]))
             if not part.children and part.media[0].lower() in (b"text", b"message"):
-                encoding = dict(part.fields).get(b"content-transfer-encoding", b"")
-                encoding = uncommented(encoding).partition(b";")[0].strip().lower()
+                encoding = uncommented(dict(part.fields).get(b"content-transfer-encoding", b""))
+                encoding = encoding.partition(b";")[0].strip().lower()
                 body = untransferred(self.data[part.body:part.end], encoding)
-                found.append(decoded(body, part.named.get(b"charset") or b"utf-8"))
+                found.append(decoded(body, part.named.get(b"charset", b"")))
         return "\n".join(found)
 
     def sent_date(self) -> datetime.date | None:
