@@ -3389,7 +3389,7 @@ def decoded_words(value: bytes) -> str:
 
 
 class Message:
-    """One message, parsed when more than its size is asked; all offsets are those with CRLF."""
+    """One message, parsed as far as it is asked about; all offsets are those with CRLF."""
 
     def __init__(self, raw: bytes) -> None:
         if raw.count(b"\n") != raw.count(b"\r\n"):
@@ -3397,6 +3397,11 @@ class Message:
         self.data, self.size, self.total = raw, len(raw), 0
         self.parts: list[Part] = []  # all of them in order, once `root` has been asked for
         self.numbered: dict[Numbers, Part] = {}
+
+    @cached_property
+    def header(self) -> Fields:
+        """The message's own fields, found without looking for parts."""
+        return header_fields(self.data[:self.boundary(HEADER_END, 0, ())[0]])
 
     @cached_property
     def root(self) -> Part:
@@ -3452,7 +3457,7 @@ class Message:
 
     def envelope(self, part: Part | None = None) -> bytes:
         """ENVELOPE; of several fields of a name all addresses count, or the last text."""
-        fields = (part or self.root).fields
+        fields = part.fields if part else self.header
         text, people = dict(fields), {}
         for name in (b"from", b"sender", b"reply-to", b"to", b"cc", b"bcc"):
             rows = [b"(%b %b %b %b)" % (quoted_human(row[0]), *map(quoted, row[1:]))
@@ -3508,11 +3513,11 @@ class Message:
             line.partition(b":")[0].rstrip(b" \t").lower() in names)) + b"\r\n" * blank
 
     def header_text(self, name: str) -> str:
-        wanted, fields = name.lower().encode(), self.root.fields
-        return "\n".join(decoded_words(value) for field, value in fields if field == wanted)
+        wanted = name.lower().encode()
+        return "\n".join(decoded_words(value) for field, value in self.header if field == wanted)
 
     def has_header(self, name: str) -> bool:
-        return name.lower().encode() in dict(self.root.fields)
+        return name.lower().encode() in dict(self.header)
 
     def text(self, with_header: bool) -> str:
         """What BODY and TEXT search: the text parts; for TEXT the headers of all parts too."""
