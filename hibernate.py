@@ -44,14 +44,12 @@ import bisect
 import collections
 import contextlib
 import ctypes
-import dataclasses
 import datetime
 import email
 import email.utils
 import enum
 import errno
 import fcntl
-import functools
 import gc
 import getpass
 import grp
@@ -3204,7 +3202,7 @@ def reflag(path: bytes, how: str, flags: str) -> bytes:
 
 MAX_DEPTH, MAX_PARTS, MAX_BOUNDARY = 100, 10_000, 80  # a part beyond these stays opaque
 NUL = "\ufffd".encode()
-ATEXT, MIME_TEXT = rb"!#-'*+\-/-9=?A-Z^-~\x80-\xff", rb"!#-'*+\-.0-9A-Z^-~\x80-\xff"
+ATEXT, MIME = rb"!#-'*+\-/-9=?A-Z^-~\x80-\xff", rb"!#-'*+\-.0-9A-Z^-~\x80-\xff"
 QUOTED = rb'"((?:[^"\\]++|\\.)*+)"'
 COMMENT = rb"\((?:[^()\\]++|\\.|\((?:[^()\\]++|\\.|\([^()]*+\))*+\))*+\)"  # nests three deep
 TOKEN = re.compile(  # space, comment, word, quoted string, domain literal; e: has no end
@@ -3216,55 +3214,57 @@ MAILBOX = re.compile(
     "(?:(?P<name>[wq]*)(?P<angle><)(?P<route>(?:@[wd],*)+:?)?)?(?P<user>[wq]?)"
     "(?P<at>@(?P<host>[wd]?))?(?(angle)(?P<end>>?)|(?(at)|(?P<more>[wq]*)))")
 HOST = re.compile(rb"\[.*\]|[%b]+(?:\.[%b]+)*+" % (ATEXT, ATEXT), re.S)
-MEDIA = re.compile(rb"\s*([%b]+)\s*(?:\Z|/\s*([%b]+)\s*(?=;|\Z))" % (MIME_TEXT, MIME_TEXT))
+MEDIA = re.compile(rb"\s*([%b]+)\s*(?:\Z|/\s*([%b]+)\s*(;.*|\Z))" % (MIME, MIME), re.S)
+KIND = re.compile(rb"(?P<text>text/)|(?P<message>message/rfc822\Z)|(?P<multipart>multipart/.)"
+                  rb"|(?P<opaque>multipart/)", re.I)
 PARAMETER = re.compile(
-    rb';\s*+([%b]++)\s*+=\s*+(?:%b|(=[^; \t\r\n]*+|[%b]++|(?!")))' % (MIME_TEXT, QUOTED, MIME_TEXT),
-    re.S)
+    rb';\s*+([%b]++)\s*+=\s*+(?:%b|(=[^; \t\r\n]*+|[%b]++|(?!")))' % (MIME, QUOTED, MIME), re.S)
 PIECE = re.compile(rb"([^*]*)\*([0-9]{0,9})(\*?)")
-ONE_WORD = re.compile(rb"\s*([%b]*)\s*" % MIME_TEXT)
+ONE_WORD = re.compile(rb"\s*([%b]*)\s*" % MIME)
 LANGUAGES = re.compile(rb"\s*([%b]+(?:\s*,\s*[%b]+)*+)" % (ATEXT, ATEXT))
-FIELD_END = re.compile(rb"\r\n(?![ \t])")
-HEADER_END, DASHES = re.compile(rb"^(?:\r\n|--)", re.M), re.compile(rb"\n--")
+HEADER_END, BODY_END = re.compile(rb"^(?:\r\n|--)", re.M), re.compile(rb"\n--")
 ENCODED_WORD = re.compile(
     rb"=\?([^?*]*+)(?:\*[^?]*+)?\?([bq])\?([^?]*+)\?=(?:[ \t\r\n]++(?==\?))?", re.I)
 # Only what is in Python's own table: looking up any other name imports, and is never forgotten.
-CHARSETS = frozenset(aliases) | frozenset(aliases.values()) | {"koi8_u", "cp874"}
+CHARSETS = {name for name in (*aliases, *aliases.values(), "koi8_u", "cp874")
+            if not re.search("codec|rot_13|mbcs", aliases.get(name, name))}
+MEDIA_OF: dict[str | None, tuple[bytes, bytes]] = {
+    "message": (b"message", b"rfc822"), "opaque": (b"application", b"octet-stream")}
+NO_PART = b'("text" "plain" ("charset" "us-ascii") NIL NIL "7bit" 0 0%b)'  # the grammar wants one
 
 Fields = list[tuple[bytes, bytes]]
+Texts = tuple[bytes, ...]  # the boundaries that are open, innermost last
+Numbers = tuple[int, ...]
 Address = tuple[bytes | None, bytes | None, bytes | None, bytes | None]  # name route mailbox host
 
 
 def quoted(text: bytes | str | None) -> bytes:
-    r"""An nstring: NIL, a quoted string, or a literal where that is needed or shorter.
-
-    >>> quoted(None), quoted('a"b'), quoted("\xe9")
-    (b'NIL', b'"a\\"b"', b'{2}\r\n\xc3\xa9')
-    """
+    """An nstring: NIL, a quoted string, or a literal where that is needed or shorter."""
     if text is None:
         return b"NIL"
     raw = text.encode("utf-8", "replace") if isinstance(text, str) else text
     raw = raw.replace(b"\0", b"\x80")  # literals must not hold it either
-    if not raw.isascii() or b"\r" in raw or b"\n" in raw or raw.count(b'"') + raw.count(b"\\") > 4:
+    if not raw.isascii() or re.search(rb'[\r\n]|(?:["\\][^"\\]*){5}', raw):
         return b"{%d}\r\n%b" % (len(raw), raw)
-    return b'"%b"' % raw.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+    return b'"%b"' % re.sub(rb'(["\\])', rb"\\\1", raw)
 
 
-def quoted_line(value: bytes) -> bytes:
+def quoted_line(value: bytes | None) -> bytes:
     """A header field's value as a string without line ends."""
-    value = re.sub(rb"[\r\n](?![ \t\r\n]|\Z)", b" ", value).replace(b"\0", NUL)
-    return quoted(re.sub(rb"[\r\n]", b"", value))
+    value = value and re.sub(rb"[\r\n]+(?=[ \t\r\n]|\Z)", b"", value).replace(b"\0", NUL)
+    return quoted(value and re.sub(rb"[\r\n]", b" ", value))
 
 
-def quoted_human(value: bytes) -> bytes:
+def quoted_human(value: bytes | None) -> bytes:
     """A subject or name: white space is squeezed, and anything special makes it a literal."""
-    text = re.sub(rb"[ \t\r\n]+", b" ", value).strip(b" ").replace(b"\0", NUL)
+    text = re.sub(rb"[ \t\r\n]+", b" ", value or b"").strip(b" ").replace(b"\0", NUL)
     if text and (text != value or re.search(rb'[\x80-\xff"\\]', text)):
         return b"{%d}\r\n%b" % (len(text), text)
-    return b'"%b"' % text
+    return quoted(value and text)
 
 
-def quoted_field(fields: dict[bytes, bytes], name: bytes) -> bytes:
-    return quoted_line(fields[name]) if name in fields else b"NIL"
+def quoted_list(found: Sequence[tuple[bytes, ...]]) -> bytes:
+    return b"(%b)" % b" ".join(quoted(text) for row in found for text in row) if found else b"NIL"
 
 
 def unquoted(text: bytes) -> bytes:
@@ -3279,87 +3279,65 @@ def uncommented(value: bytes) -> bytes:
 
 def header_fields(header: bytes) -> Fields:
     """(lower-case name, value with its folds) of each field in order; other lines are skipped."""
-    lines = (line.partition(b":") for line in FIELD_END.split(header))
+    lines = (line.partition(b":") for line in re.split(rb"\r\n(?![ \t])", header))
     return [(name.rstrip(b" \t").lower(), value.lstrip(b" \t") or value[1:])
             for name, colon, value in lines if colon and b"\n" not in name and len(name) <= 1000]
 
 
-class AddressList:
-    """The addresses of a From, To, ... for ENVELOPE; `found` marks faults as Dovecot does."""
-
-    def __init__(self, value: bytes) -> None:
-        self.texts: list[bytes] = []
-        self.comments: list[bytes] = []  # the last one after each token
-        self.found: list[Address] = []
-        self.kinds = "".join(self.tokens(value))
-        at, grouped = 0, False
-        while at < len(self.kinds) and len(self.found) < MAX_PARTS:
-            group = None if grouped else GROUP.match(self.kinds, at)
-            if group:
-                self.found.append((None, None, self.words(group, 1, b" ") or b"", None))
-                grouped, at = True, group.end()
-            if not group or self.kinds[at:at + 1] not in ("", ";"):
-                at = self.mailbox(at)
-            if grouped and self.kinds[at:at + 1] != ",":
-                self.found.append((None, None, None, None))
-                grouped, at = False, at + (self.kinds[at:at + 1] == ";")
-            if self.kinds[at:at + 1] != ",":  # garbage: the rest is not guessed at
-                break
-            at += 1
-
-    def tokens(self, value: bytes) -> Iterator[str]:
-        for match in TOKEN.finditer(value):
-            if match.lastgroup == "c" and self.comments:
-                self.comments[-1] = unquoted(match[0][1:-1])
-            elif match.lastgroup not in ("c", "s"):
-                self.texts.append(match[0])
-                self.comments.append(b"")
-                yield match.lastgroup or match[0].decode("latin-1")
-
-    def words(self, match: re.Match[str], group: int | str, glue: bytes = b"") -> bytes | None:
-        texts = self.texts[match.start(group):match.end(group)] if match[group] else []
-        plain = (unquoted(text[1:-1] if text[:1] == b'"' else text) for text in texts)
-        return glue.join(plain) if texts else None
-
-    def mailbox(self, start: int) -> int:
-        """Add the mailbox at token `start`, however broken; where it ends."""
-        match = MAILBOX.match(self.kinds, start)
-        assert match is not None  # it matches nothing at all, too
-        name, more = self.words(match, "name", b" "), self.words(match, "more", b" ")
-        route, user, host = (self.words(match, group) for group in ("route", "user", "host"))
-        broken = self.kinds[match.end():match.end() + 1] == "e"
-        if broken or not HOST.fullmatch(host or b""):
-            host = None
-        if match["angle"]:
-            if route is not None:
-                route = re.sub(rb",+", b",", route[:-1]) if route[-1:] == b":" else b"INVALID_ROUTE"
-            if broken or not match["end"] or match["at"] and not host:
-                host = b"SYNTAX_ERROR"
-        else:
-            name = next(filter(None, reversed(self.comments[start:match.end()])), None)
-            if not name and more:
-                name, user = (user or b"") + b" " + more, None
-            elif not name and match["user"] == "q" and not match["at"]:
-                name, user = user, None
-        user = b"MISSING_MAILBOX" if user is None else user
-        self.found.append((name or None, route, user, host or b"MISSING_DOMAIN"))
-        return match.end()
+def addresses(value: bytes) -> list[Address]:
+    """The addresses of a From, To, ... for ENVELOPE; faults are marked as Dovecot does."""
+    kinds, texts, comments, found = "", list[bytes](), list[bytes](), list[Address]()
+    for token in TOKEN.finditer(value):
+        text, kind = token[0], token.lastgroup or chr(token[0][0])  # a special is its own kind
+        if kind == "c" and comments:
+            comments[-1] = unquoted(text[1:-1])  # the last one after each token
+        elif kind not in ("c", "s"):
+            kinds += kind
+            texts.append(unquoted(text[1:-1] if kind == "q" else text))
+            comments.append(b"")
+    kinds, at, grouped = kinds + "$", 0, False  # a kind that no token is
+    while kinds[at] != "$" and len(found) < MAX_PARTS:
+        group = None if grouped else GROUP.match(kinds, at)
+        if group:
+            found.append((None, None, b" ".join(texts[at:group.end(1)]), None))
+            grouped, at = True, group.end()
+        if not group or kinds[at] not in "$;":
+            match = MAILBOX.match(kinds, at)
+            assert match is not None  # it matches nothing at all, too
+            comment = next(filter(None, reversed(comments[at:match.end()])), b"")
+            found.append(mailbox(match, texts, comment, kinds[match.end()] == "e"))
+            at = match.end()
+        if grouped and kinds[at] != ",":
+            found.append((None, None, None, None))
+            grouped, at = False, at + (kinds[at] == ";")
+        if kinds[at] != ",":  # garbage: the rest is not guessed at
+            break
+        at += 1
+    return found
 
 
-def envelope(header: Fields) -> bytes:
-    """ENVELOPE of a header; of several fields of a name all addresses count, or the last text."""
-    text, people = dict(header), {}
-    for name in (b"from", b"sender", b"reply-to", b"to", b"cc", b"bcc"):
-        rows = [b"(%b %b %b %b)" % (quoted_human(row[0]) if row[0] else b"NIL",
-                                    *map(quoted, row[1:]))
-                for field, value in header if field == name for row in AddressList(value).found]
-        people[name] = b"(%b)" % b"".join(rows) if rows else b"NIL"
-        if not rows and name in (b"sender", b"reply-to"):
-            people[name] = people[b"from"]
-    subject = quoted_human(text[b"subject"]) if b"subject" in text else b"NIL"
-    return b"(%b %b %b %b %b)" % (
-        quoted_field(text, b"date"), subject, b" ".join(people.values()),
-        quoted_field(text, b"in-reply-to"), quoted_field(text, b"message-id"))
+def mailbox(match: re.Match[str], texts: list[bytes], comment: bytes, broken: bool) -> Address:
+    """The address of some tokens, however broken."""
+    def words(group: str) -> bytes | None:
+        glue = b" " if group in ("name", "more") else b""
+        return glue.join(texts[slice(*match.span(group))]) if match[group] else None
+
+    name, route, user, host, more = map(words, ("name", "route", "user", "host", "more"))
+    if broken or not HOST.fullmatch(host or b""):
+        host = None
+    if match["angle"]:
+        if route is not None:
+            route = re.sub(rb",+", b",", route[:-1]) if route[-1:] == b":" else b"INVALID_ROUTE"
+        if broken or not match["end"] or match["at"] and not host:
+            host = b"SYNTAX_ERROR"
+    elif comment:
+        name = comment
+    elif more:
+        name, user = (user or b"") + b" " + more, None
+    elif match["user"] == "q" and not match["at"]:
+        name, user = user, None
+    user = b"MISSING_MAILBOX" if user is None else user
+    return name or None, route, user, host or b"MISSING_DOMAIN"
 
 
 def parameters(value: bytes) -> Fields:
@@ -3370,151 +3348,65 @@ def parameters(value: bytes) -> Fields:
     """
     whole, pieces = [], []
     for name, inside, bare in PARAMETER.findall(value):
-        piece = PIECE.fullmatch(name)
+        text, piece = bare or unquoted(inside), PIECE.fullmatch(name)
         if piece:
-            star = piece[3] if piece[2] else b"*"
-            pieces.append((piece[1], int(piece[2] or 0), star, bare or unquoted(inside)))
+            pieces.append((piece[1], int(piece[2] or 0), piece[3] if piece[2] else b"*", text))
         else:
-            whole.append((name, bare or unquoted(inside)))
+            whole.append((name, text))
     pieces.sort(key=lambda piece: piece[:2])
     for _, group in itertools.groupby(pieces, key=lambda piece: piece[0].lower()):
         rows = list(group)
-        star = max(row[2] for row in rows)
         if [row[1] for row in rows] != list(range(len(rows))):  # some are missing: as they are
             whole += [(b"%b*%d%b" % row[:3], row[3]) for row in rows]
-        else:
-            texts = [row[3] if row[2] == star else row[3].replace(b"%", b"%25") for row in rows]
-            texts.insert(0, b"''" if rows[0][2] != star else b"")
-            whole.append((rows[0][0] + star, b"".join(texts)))
+            continue
+        star = max(row[2] for row in rows)
+        texts = [row[3] if row[2] == star else row[3].replace(b"%", b"%25") for row in rows]
+        whole.append((rows[0][0] + star, b"''" * (rows[0][2] != star) + b"".join(texts)))
     return whole
 
 
-def parameter_list(found: Fields, text: bool = False) -> bytes:
-    if text and all(name.lower() != b"charset" for name, _ in found):
-        found = found + [(b"charset", b"us-ascii")]
-    return b"(%b)" % b" ".join(quoted(s) for pair in found for s in pair) if found else b"NIL"
-
-
-@dataclasses.dataclass(slots=True, eq=False)
 class Part:
     """A part of a message: its header from `start`, its body from `body` to `end`."""
 
-    parent: Part | None
-    start: int
-    body: int = 0
-    end: int = -1
-    depth: int = 0
-    kind: str = "text"  # text, multipart, message (rfc822), other, or opaque: beyond the limits
-    media: tuple[bytes, bytes, Fields] | None = None  # type, subtype, parameters
-    children: list[Part] = dataclasses.field(default_factory=list)
+    def __init__(self, parent: Part | None, start: int, body: int, fields: Fields) -> None:
+        self.start, self.body, self.end, self.fields = start, body, body, fields
+        self.children: list[Part] = []
+        self.depth: int = parent.depth + 1 if parent else 1
+        self.inside = parent is not None and parent.kind == "multipart"
+        self.media: tuple[bytes, bytes, Fields] = b"text", b"plain", []
+        if parent and parent.media[1].lower() == b"digest":
+            self.media = b"message", b"rfc822", []
+        first = dict(reversed(fields))
+        if b"content-type" in first:
+            media = MEDIA.match(uncommented(first[b"content-type"]))
+            main, sub, more = media.groups(b"") if media else (b"", b"", b"")
+            self.media = main, sub, parameters(more)
+        self.named = {name.lower(): value for name, value in reversed(self.media[2])}
+        kind = KIND.match(b"%b/%b" % self.media[:2])
+        self.kind: str | None = kind and kind.lastgroup  # None: nothing that we look into
+        self.first = first if self.inside or {b"mime-version", b"content-type"} & set(first) else {}
 
-    def classify(self, value: bytes | None) -> None:
-        """Find out what it is from its Content-Type, None if it has none."""
-        if value is None:
-            above = self.parent.media if self.parent else None
-            self.kind = "message" if above and above[1].lower() == b"digest" else "text"
-            return
-        value = uncommented(value)
-        match = MEDIA.match(value)
-        main, sub = (match[1], match[2] or b"") if match else (b"", b"")
-        self.media = main, sub, parameters(value[match.end():] if match and sub else b"")
-        kinds = {b"text": "text", b"multipart": "multipart" if sub else "opaque",
-                 b"message": "message" if sub.lower() == b"rfc822" else "other"}
-        self.kind = kinds.get(main.lower(), "other")
+    def line(self, name: bytes) -> bytes:
+        """A Content- field of it as a string."""
+        return quoted_line(self.first.get(b"content-" + name))
 
-    def parameter(self, name: bytes) -> bytes | None:
-        found = self.media[2] if self.media else []
-        return next((value for key, value in found if key.lower() == name), None)
+    def word(self, name: bytes) -> list[bytes]:
+        """The first word of a Content- field, and what is after it."""
+        return ONE_WORD.split(uncommented(self.first.get(b"content-" + name, b"")), 1)[1:]
 
-
-class PartTree:
-    """Cuts a message into parts, in one pass over the lines that may end something."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data, self.total = data, 1
-        self.expect([])
-        self.root = Part(None, 0)
-        part: Part | None = self.root
-        while part:
-            line = self.header(part)
-            part = self.child(part, line) if part.kind == "message" else self.following(part, line)
-
-    def expect(self, boundaries: list[tuple[bytes, Part]]) -> None:
-        self.open = boundaries  # innermost last
-        self.texts = tuple(text for text, _ in boundaries)
-
-    def child(self, parent: Part, start: int) -> Part:
-        parent.children.append(Part(parent, start, depth=parent.depth + 1))
-        self.total += 1
-        return parent.children[-1]
-
-    def boundary(self, line: int) -> int:
-        """Which boundary stands after the dashes at `line`: the exact one, else the longest; -1."""
-        if self.total >= MAX_PARTS or not self.data.startswith(self.texts, line + 2):
-            return -1
-        found = self.data[line + 2:line + MAX_BOUNDARY + 6].partition(b"\n")[0].removesuffix(b"\r")
-        fits = [index for index, text in enumerate(self.texts) if found.startswith(text)]
-        exact = [index for index in fits if found in (self.texts[index], self.texts[index] + b"--")]
-        return exact[-1] if exact else max(fits, key=lambda index: (len(self.texts[index]), index))
-
-    def header(self, part: Part) -> int:
-        """Read a part's header; where the line after it starts."""
-        data, line, blank = self.data, len(self.data), False
-        for match in HEADER_END.finditer(data, part.start):
-            blank = match[0] == b"\r\n"
-            if blank or self.boundary(match.start()) >= 0:
-                line = match.end() if blank else match.start()
-                break
-        part.body = line
-        fields = header_fields(data[part.start:line])
-        part.classify(next((value for name, value in fields if name == b"content-type"), None))
-        deep = part.depth + 1 >= MAX_DEPTH
-        boundary = part.parameter(b"boundary")
-        if part.kind == "message" and (deep or self.total >= MAX_PARTS):
-            part.kind = "opaque"
-        elif part.kind == "multipart" and blank and boundary is not None:
-            if deep:
-                part.kind = "opaque"
-            else:
-                self.expect([*self.open, (boundary[:MAX_BOUNDARY], part)])
-        index = self.boundary(line) if data.startswith(b"--", line) else -1
-        if index >= 0 and self.open[index][1] is not part:
-            part.body = part.end = max(line - 2, part.start)  # the boundary owns the line end
-        return line
-
-    def following(self, part: Part, line: int) -> Part | None:
-        """Close what the next boundary ends; the part that begins after it, if any does."""
-        while self.texts:
-            lines = (match.start() + 1 for match in DASHES.finditer(self.data, line - 1))
-            found = next((start for start in lines if self.boundary(start) >= 0), -1)
-            if found < 0:
-                break
-            index = self.boundary(found)
-            text, owner = self.open[index]
-            after = found + 2 + len(text)
-            last = self.data.startswith(b"--", after)
-            self.expect(self.open[:index if last else index + 1])
-            self.close(part, owner, found if found == line else found - 2)
-            part, line = owner, self.data.find(b"\n", after) + 1
-            if not line:
-                break
-            if not last:
-                return self.child(owner, line)
-        self.close(part, None, len(self.data))
-        return None
-
-    def close(self, part: Part | None, owner: Part | None, end: int) -> None:
-        while part and part is not owner:
-            part.end = end if part.end < 0 else part.end
-            part = part.parent
+    def extension(self) -> list[bytes]:
+        """Disposition, language and location of BODYSTRUCTURE."""
+        word, rest = self.word(b"disposition")
+        disposition = b"(%b %b)" % (quoted(word), quoted_list(parameters(rest)))
+        match = LANGUAGES.match(uncommented(self.first.get(b"content-language", b"")))
+        languages = [(word.strip(),) for word in match[1].split(b",")] if match else []
+        return [disposition if b"content-disposition" in self.first else b"NIL",
+                quoted_list(languages), self.line(b"location")]
 
 
 def decoded(raw: bytes, charset: bytes) -> str:
     name = charset.decode("latin-1").lower().replace("-", "_")
-    try:
-        return raw.decode(name if name in CHARSETS else "utf-8", "replace")
-    except (LookupError, ValueError):  # a codec that is not for text, or refuses
-        return raw.decode("utf-8", "replace")
+    return raw.decode(name if name in CHARSETS else "utf-8", "replace")
 
 
 def untransferred(raw: bytes, encoding: bytes) -> bytes:
@@ -3529,158 +3421,165 @@ def untransferred(raw: bytes, encoding: bytes) -> bytes:
 
 def decoded_words(value: bytes) -> str:
     """A header's text with folds and encoded words (RFC 2047) undone."""
-    value = re.sub(rb"\r\n(?=[ \t])", b"", value)
-    found, at = [], 0
-    for match in ENCODED_WORD.finditer(value):
-        found.append(value[at:match.start()].decode("utf-8", "replace"))
-        found.append(decoded(untransferred(match[3], match[2].lower()), match[1]))
-        at = match.end()
-    return "".join(found) + value[at:].decode("utf-8", "replace")
+    def plain(word: re.Match[bytes]) -> bytes:
+        text = decoded(untransferred(word[3], word[2].lower()), word[1])
+        return text.encode("utf-8", "replace")
+
+    return ENCODED_WORD.sub(plain, re.sub(rb"\r\n(?=[ \t])", b"", value)).decode("utf-8", "replace")
 
 
 class Message:
-    """One message, parsed as far as it is asked about; sizes and offsets are those with CRLF."""
+    """One message, parsed as far as it is asked about; all offsets are those with CRLF."""
 
     def __init__(self, raw: bytes) -> None:
-        self.raw = raw
-        self.size = len(raw) + raw.count(b"\n") - raw.count(b"\r\n")
+        if raw.count(b"\n") != raw.count(b"\r\n"):
+            raw = raw.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+        self.data, self.size, self.total = raw, len(raw), 0
+        self.parts: list[Part] = []  # all of them in order, once `root` has been asked for
+        self.numbered: dict[Numbers, Part] = {}
 
-    @functools.cached_property
-    def data(self) -> bytes:
-        raw, self.raw = self.raw, b""  # a large message is held once
-        if len(raw) == self.size:
-            return raw
-        return raw.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-
-    @functools.cached_property
-    def root(self) -> Part:
-        return PartTree(self.data).root
-
-    @functools.cached_property
+    @cached_property
     def header(self) -> Fields:
         """The message's own fields, found without looking for parts."""
-        end = re.search(rb"^\r\n", self.data, re.M)
-        return header_fields(self.data[:end.start()] if end else self.data)
+        return header_fields(self.data[:self.boundary(HEADER_END, 0, ())[0]])
 
-    def envelope(self) -> bytes:
-        return envelope(self.header)
+    @cached_property
+    def root(self) -> Part:
+        self.read(None, 0, (), ())
+        return self.parts[0]
 
-    def bodystructure(self, extended: bool) -> bytes:
-        return self.structure(self.root, extended)
+    def boundary(self, before: re.Pattern[bytes], at: int, texts: Texts) -> tuple[int, int]:
+        """Where what is at `at` ends; by which boundary: the exact, else the longest, -1: none."""
+        for match in before.finditer(self.data, max(at - 1, 0)):
+            if match[0] == b"\r\n":
+                return match.end(), -1
+            if self.total < MAX_PARTS and self.data.startswith(texts, match.end()):
+                line = self.data[match.end():match.end() + MAX_BOUNDARY + 4].partition(b"\r\n")[0]
+                fits = [index for index, text in enumerate(texts) if line.startswith(text)]
+                exact = [index for index in fits if line in (texts[index], texts[index] + b"--")]
+                longest = max(fits, key=lambda index: (len(texts[index]), index))
+                return match.end() - 2, exact[-1] if exact else longest
+        return len(self.data), -1
 
-    def structure(self, part: Part, extended: bool) -> bytes:
-        """BODY of a part; it recurses, but not deeper than MAX_DEPTH."""
-        fields = header_fields(self.data[part.start:part.body])
-        inside = part.parent and part.parent.kind == "multipart"
-        mime = inside or part.media or any(name == b"mime-version" for name, _ in fields)
-        first = dict(reversed(fields)) if mime else {}
-        if part.kind == "multipart" and part.media:
-            children = part.children or [Part(part, 0, 0, 0)]  # the grammar wants one
-            words = [b"".join(self.structure(child, extended) for child in children),
-                     quoted(part.media[1])]
-            more = [parameter_list(part.media[2])]
-        else:
-            words = self.leaf(part, first, extended)
-            more = [quoted_field(first, b"content-md5")]
-        return b"(%b)" % b" ".join(words + more + extension(first) if extended else words)
-
-    def leaf(self, part: Part, first: dict[bytes, bytes], extended: bool) -> list[bytes]:
-        main, subtype, found = part.media or (b"text", b"plain", [])
+    def read(self, parent: Part | None, start: int, number: Numbers, texts: Texts) -> int:
+        """Read a part, and those in it, up to one of these boundaries; where it ends."""
+        self.total += 1
+        at, stopped = self.boundary(HEADER_END, start, texts)
+        part = Part(parent, start, at, header_fields(self.data[start:at]))
+        self.parts.append(part)
+        if parent:
+            parent.children.append(part)
+        mine, boundary = None, part.named.get(b"boundary")
+        if part.depth >= MAX_DEPTH or self.total >= MAX_PARTS and part.kind == "message":
+            part.kind = "opaque" if part.kind in ("multipart", "message") else part.kind
+        elif part.kind == "multipart" and boundary is not None and stopped < 0:
+            mine, texts = len(texts), (*texts, boundary[:MAX_BOUNDARY])
+        self.numbered.setdefault(number, part)  # RFC 3501 6.4.5: what is not multipart has a part 1
+        if part.kind != "multipart" and not (part.inside and part.kind == "message"):
+            number += (1,)
+            self.numbered.setdefault(number, part)
         if part.kind == "message":
-            main, subtype = b"message", b"rfc822"
-        elif part.kind == "opaque":
-            main, subtype = b"application", b"octet-stream"
-        encoding = ONE_WORD.fullmatch(uncommented(first.get(b"content-transfer-encoding", b"")))
-        words = [quoted(main), quoted(subtype), parameter_list(found, part.kind == "text"),
-                 quoted_field(first, b"content-id"), quoted_field(first, b"content-description"),
-                 quoted(encoding and encoding[1] or b"7bit"), b"%d" % (part.end - part.body)]
-        for child in part.children:
-            words.append(envelope(header_fields(self.data[child.start:child.body])))
-            words.append(self.structure(child, extended))
-        if part.kind in ("text", "message"):
-            words.append(b"%d" % self.data.count(b"\n", part.body, part.end))
-        return words
+            at = self.read(part, at, number, texts)
+        while True:
+            line, index = self.boundary(BODY_END, at, texts)
+            if index != mine:
+                break
+            after = line + 2 + len(texts[index])
+            at = self.data.find(b"\n", after) + 1 or len(self.data)
+            if self.data.startswith(b"--", after):
+                mine, texts = None, texts[:-1]
+            elif self.data.startswith(b"\n", at - 1):
+                at = self.read(part, at, (*number, len(part.children) + 1), texts)
+        part.end = at = line if index < 0 or line == at else line - 2
+        if line == part.body < len(self.data):
+            part.body = part.end = max(line - 2, start)  # the boundary owns the line end
+        return at
 
-    def part(self, numbers: tuple[int, ...]) -> Part | None:
-        """The part of this number; in a message/rfc822 they go on in its only child."""
-        part = self.root
-        for left, number in zip(reversed(range(len(numbers))), numbers):
-            if part.kind == "multipart":
-                if not 0 < number <= len(part.children):
-                    return None
-                part = part.children[number - 1]
-            elif number != 1 or left and part.kind != "message":
-                return None
-            part = part.children[0] if left and part.kind == "message" else part
-        return part
+    def envelope(self, part: Part | None = None) -> bytes:
+        """ENVELOPE; of several fields of a name all addresses count, or the last text."""
+        fields = part.fields if part else self.header
+        text, people = dict(fields), {}
+        for name in (b"from", b"sender", b"reply-to", b"to", b"cc", b"bcc"):
+            rows = [b"(%b %b %b %b)" % (quoted_human(row[0]), *map(quoted, row[1:]))
+                    for field, value in fields if field == name for row in addresses(value)]
+            people[name] = b"(%b)" % b"".join(rows) if rows else b"NIL"
+            if not rows and name in (b"sender", b"reply-to"):
+                people[name] = people[b"from"]
+        return b"(%b)" % b" ".join([
+            quoted_line(text.get(b"date")), quoted_human(text.get(b"subject")), *people.values(),
+            quoted_line(text.get(b"in-reply-to")), quoted_line(text.get(b"message-id"))])
+
+    def bodystructure(self, extended: bool, part: Part | None = None) -> bytes:
+        """BODYSTRUCTURE, or BODY; it recurses, but not deeper than MAX_DEPTH."""
+        part = part or self.root
+        if part.kind == "multipart":
+            parts = [self.bodystructure(extended, child) for child in part.children]
+            parts = parts or [NO_PART % (b" NIL NIL NIL NIL" * extended)]
+            words = [b"".join(parts), quoted(part.media[1])]
+            more = quoted_list(part.media[2])
+        else:
+            text = part.kind == "text" and b"charset" not in part.named
+            found = part.media[2] + [(b"charset", b"us-ascii")] * text
+            encoding, rest = part.word(b"transfer-encoding")
+            words = [*map(quoted, MEDIA_OF.get(part.kind, part.media[:2])), quoted_list(found),
+                     part.line(b"id"), part.line(b"description"),
+                     quoted(encoding if encoding and not rest else b"7bit"),
+                     b"%d" % (part.end - part.body)]
+            for child in part.children:
+                words += [self.envelope(child), self.bodystructure(extended, child)]
+            if part.kind in ("text", "message"):
+                words.append(b"%d" % self.data.count(b"\n", part.body, part.end))
+            more = part.line(b"md5")
+        if extended:
+            words += [more, *part.extension()]
+        return b"(%b)" % b" ".join(words)
 
     def section(self, part: tuple[int, ...], what: str, fields: tuple[str, ...]) -> bytes | None:
         """BODY[part.what (fields)]; None if there is no such part."""
-        found = self.part(part)
+        found = self.root and self.numbered.get(part)
         if found and part and what not in ("", "MIME"):
             found = found.children[0] if found.kind == "message" else None
         if not found or what == "MIME" and not part:
             return None
-        cut = slice(found.start, found.body)
-        if what in ("", "TEXT"):
-            cut = slice(found.body if part or what else 0, found.end)
-        text = self.data[cut].replace(b"\0", b"\x80")  # IMAP can't send NULs
-        if what.startswith("HEADER.FIELDS"):
-            names = {name.lower().encode() for name in fields}
-            return filtered(text, names, what == "HEADER.FIELDS.NOT")
-        return text
+        start = found.body if what == "TEXT" or part and not what else found.start
+        text = self.data[start:found.end if what in ("", "TEXT") else found.body]
+        text = text.replace(b"\0", b"\x80")  # IMAP can't send NULs
+        if not what.startswith("HEADER.FIELDS"):
+            return text
+        names, exclude = {name.lower().encode() for name in fields}, what == "HEADER.FIELDS.NOT"
+        lines = re.findall(rb"(?!\r\n)[^\n]+\n?(?:[ \t][^\n]*\n?)*+", text)
+        blank = not exclude or text == b"\r\n" or text.endswith(b"\r\n\r\n")
+        return b"".join(line for line in lines if exclude != (
+            line.partition(b":")[0].rstrip(b" \t").lower() in names)) + b"\r\n" * blank
 
     def header_text(self, name: str) -> str:
         wanted = name.lower().encode()
         return "\n".join(decoded_words(value) for field, value in self.header if field == wanted)
 
     def has_header(self, name: str) -> bool:
-        return any(field == name.lower().encode() for field, _ in self.header)
+        return name.lower().encode() in dict(self.header)
 
     def text(self, with_header: bool) -> str:
         """What BODY and TEXT search: the text parts; for TEXT the headers of all parts too."""
-        found, parts = [], [self.root]
-        while parts:
-            part = parts.pop()
-            parts += reversed(part.children)
-            header = self.data[part.start:part.body]
-            found += [decoded_words(header)] if with_header else []
-            if not part.children and (part.media or (b"text",))[0].lower() in (b"text", b"message"):
-                encoding = dict(header_fields(header)).get(b"content-transfer-encoding", b"")
-                encoding = uncommented(encoding).partition(b";")[0].strip().lower()
+        found = []
+        self.root  # noqa: B018
+        for part in self.parts:
+            if with_header:
+                found.append(decoded_words(self.data[part.start:part.body]))
+            if not part.children and part.media[0].lower() in (b"text", b"message"):
+                encoding = uncommented(dict(part.fields).get(b"content-transfer-encoding", b""))
+                encoding = encoding.partition(b";")[0].strip().lower()
                 body = untransferred(self.data[part.body:part.end], encoding)
-                found.append(decoded(body, part.parameter(b"charset") or b"utf-8"))
+                found.append(decoded(body, part.named.get(b"charset", b"")))
         return "\n".join(found)
 
     def sent_date(self) -> datetime.date | None:
         """The day as written in the Date field: the SENT keys disregard the time zone."""
-        value = next((value for name, value in self.header if name == b"date"), b"")
-        found = email.utils.parsedate_tz(value[:200].decode("latin-1"))
+        found = email.utils.parsedate_tz(self.header_text("Date").partition("\n")[0][:200])
         try:
             return datetime.date(*found[:3]) if found else None
         except ValueError:
             return None
-
-
-def filtered(header: bytes, names: set[bytes], exclude: bool) -> bytes:
-    """The lines of the fields that are named, or that are not; and the empty line."""
-    lines = re.findall(rb"(?!\r\n)[^\n]+\n?(?:[ \t][^\n]*\n?)*+", header)
-    blank = not exclude or header == b"\r\n" or header.endswith(b"\r\n\r\n")
-    return b"".join(line for line in lines if exclude != (
-        line.partition(b":")[0].rstrip(b" \t").lower() in names)) + b"\r\n" * blank
-
-
-def extension(first: dict[bytes, bytes]) -> list[bytes]:
-    """Disposition, language and location of BODYSTRUCTURE."""
-    disposition = languages = b"NIL"
-    if b"content-disposition" in first:
-        value = uncommented(first[b"content-disposition"])
-        match = ONE_WORD.match(value)
-        found = parameter_list(parameters(value[match.end():] if match else b""))
-        disposition = b"(%b %b)" % (quoted(match[1] if match else b""), found)
-    if match := LANGUAGES.match(uncommented(first.get(b"content-language", b""))):
-        languages = b"(%b)" % b" ".join(quoted(s.strip()) for s in match[1].split(b","))
-    return [disposition, languages, quoted_field(first, b"content-location")]
 
 
 # ------------------------------------------------------------------------------------------------
