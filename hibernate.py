@@ -3666,9 +3666,11 @@ LIST_PATTERN = re.compile(rb'[^\x00-\x20\x7f-\xff(){"\\]+')
 QUOTED_STRING = re.compile(rb'"((?:[^"\\\r\n\x00]|\\["\\])*)"')
 LITERAL = re.compile(rb"\{(\d{1,18})(\+?)\}\r?\n")
 NUMBER = re.compile(rb"\d{1,18}")
-SET = re.compile(rb"[\d*:,]+")
-RANGE = re.compile(r"([1-9]\d{0,9}|\*)(?::([1-9]\d{0,9}|\*))?")
+RANGE = rb"(?:[1-9]\d{0,9}|\*)(?::(?:[1-9]\d{0,9}|\*))?"
+SET = re.compile(rb"%b(?:,%b)*" % (RANGE, RANGE))
+ENTRY = re.compile(QUOTED_STRING.pattern + rb" [a-z]+ ", re.I)
 FETCH_NAME = re.compile(rb"[A-Za-z0-9.]+")
+FETCH_MACRO = re.compile(rb"(?:ALL|FAST|FULL)(?= |$)", re.I)
 SECTION = re.compile(
     rb"\[((?:[1-9]\d{0,8}\.)*[1-9]\d{0,8}(?=\])|(?:[1-9]\d{0,8}\.)*)"
     rb"(HEADER\.FIELDS(?:\.NOT)?(?= )|(?:HEADER|TEXT|MIME|)(?=\]))", re.I)
@@ -3687,6 +3689,13 @@ USER_NAME = re.compile(r"(?!\.)(?!.*\.\.)[a-z0-9._@-]{1,128}")  # becomes part o
 PBKDF2 = re.compile(r"\$1\$([^$]*)\$([1-9][0-9]{0,6})\$([0-9a-fA-F]{40})")
 REFUSED = "[AUTHENTICATIONFAILED] Authentication failed."
 PBKDF2_ROUNDS = 100_000  # 25 ms of a processor for each log-in; Dovecot's default is 5000
+
+
+def digest_of(scheme: str, password: str, salt: bytes, rounds: int) -> bytes:
+    found = password.encode("utf-8", "surrogateescape")
+    if scheme == "SSHA512":
+        return hashlib.sha512(found + salt).digest()
+    return hashlib.pbkdf2_hmac("sha1", found, salt, rounds) if scheme == "PBKDF2" else found
 
 
 class Secret(NamedTuple):
@@ -3712,36 +3721,25 @@ class Secret(NamedTuple):
         raise ValueError(f"not {{PLAIN}}, {{SSHA512}} or {{PBKDF2}} and a password: {{{scheme}}}")
 
     def fits(self, password: str) -> bool:
-        found = password.encode("utf-8", "surrogateescape")
-        if self.scheme == "SSHA512":
-            found = hashlib.sha512(found + self.salt).digest()
-        elif self.scheme == "PBKDF2":
-            found = hashlib.pbkdf2_hmac("sha1", found, self.salt, self.rounds)
+        found = digest_of(self.scheme, password, self.salt, self.rounds)
         return hmac.compare_digest(found, self.digest)
 
 
-def verify(stored: str, password: str) -> bool:
-    """Is it the password? ValueError if `stored` is none of ours.
-
-    >>> verify(encode_password("SSHA512", "secret"), "secret"), verify("{PLAIN}secret", "Secret")
-    (True, False)
-    """
-    return Secret.read(stored).fits(password)
-
-
 def encode_password(scheme: str, password: str) -> str:
-    """`{SCHEME}...` for a passwd-file, as by `doveadm pw`; ValueError: it can't be written so."""
-    secret, salt = password.encode("utf-8", "surrogateescape"), secrets.token_hex(8)
-    stored = "{PLAIN}" + password
-    if scheme.upper() == "SSHA512":
-        digest = hashlib.sha512(secret + salt.encode()).digest()
-        stored = "{SSHA512}" + base64.b64encode(digest + salt.encode()).decode()
-    elif scheme.upper() == "PBKDF2":
-        digest = hashlib.pbkdf2_hmac("sha1", secret, salt.encode(), PBKDF2_ROUNDS)
-        stored = f"{{PBKDF2}}$1${salt}${PBKDF2_ROUNDS}${digest.hex()}"
-    elif scheme.upper() != "PLAIN" or not password or re.search("[:\0\r\n]", password):
+    """`{SCHEME}...` for a passwd-file, as by `doveadm pw`; ValueError: it can't be written so.
+
+    >>> Secret.read(encode_password("SSHA512", "secret")).fits("secret")
+    True
+    """
+    scheme, salt = scheme.upper(), secrets.token_hex(8)
+    digest = digest_of(scheme, password, salt.encode(), PBKDF2_ROUNDS)
+    if scheme == "SSHA512":
+        return "{SSHA512}" + base64.b64encode(digest + salt.encode()).decode()
+    if scheme == "PBKDF2":
+        return f"{{PBKDF2}}$1${salt}${PBKDF2_ROUNDS}${digest.hex()}"
+    if scheme != "PLAIN" or not password or re.search("[:\0\r\n]", password):
         raise ValueError("PLAIN, SSHA512 or PBKDF2; PLAIN neither empty nor with a colon")
-    return stored
+    return "{PLAIN}" + password
 
 
 class PasswordFile:
@@ -3763,7 +3761,7 @@ class PasswordFile:
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip() and not line.startswith("#"):
-                    self.add(*(line.rstrip("\r") + ":" * 6).split(":")[:6])
+                    self.add(*(line + ":" * 6).split(":")[:6])
             except ValueError as error:
                 log.warning("%s:%d: %s", self.path, number, error)
         self.dearest = max((secret for secret, _ in self.users.values()), default=self.dearest)
@@ -3791,19 +3789,18 @@ class AuthSession(Session):
     files: dict[str, PasswordFile] = {}  # of this process; nothing is read before the fork
 
     def step(self) -> Reply | None:
-        request = bytes(self.buffer)
-        self.buffer.clear()
-        return self.answer(request) if request else None
+        return self.answer() if self.buffer else None
 
-    def answer(self, request: bytes) -> Reply:
+    def answer(self) -> Reply:
         try:
-            reply = self.log_in(*checked(request.decode(), (str,) * 5))
+            reply = self.log_in(*checked(self.buffer.decode(), (str,) * 5))
         except ValueError as error:  # its words may hold a password
             log.info("auth: request refused: %s", type(error).__name__)
             reply = ["no", REFUSED]
         except OSError as error:
             log.error("%s: %s", self.config.passwd_file, error.strerror)
             reply = ["no", "[UNAVAILABLE] Temporary authentication failure."]
+        self.buffer.clear()
         yield compact(reply).encode()
         self.ended = "answered"
 
@@ -3819,7 +3816,6 @@ class AuthSession(Session):
             return ["no", REFUSED]
         home = home if os.path.isabs(home) else home_of(self.config, user)
         return ["ok", user, *ticket(self.key, identity, sid, user, remote, home, [])]
-
 
 
 class BadCommand(Exception):
@@ -3885,7 +3881,9 @@ class Parser:
     def atom(self) -> str:
         return self.must(ATOM)[0].decode().upper()
 
-    def string(self) -> bytes:
+    def astring(self, plain: re.Pattern[bytes] = ASTRING) -> bytes:
+        if found := self.may(plain):
+            return found[0]
         if found := self.may(QUOTED_STRING):
             return re.sub(rb"\\(.)", rb"\1", found[1])
         size = int(self.must(LITERAL)[1])
@@ -3893,10 +3891,6 @@ class Parser:
         if self.at > len(self.text):
             raise BadCommand("Invalid literal")
         return self.text[self.at - size : self.at]
-
-    def astring(self, plain: re.Pattern[bytes] = ASTRING) -> bytes:
-        found = self.may(plain)
-        return found[0] if found else self.string()
 
     def mailbox(self, plain: re.Pattern[bytes] = ASTRING) -> str:
         name = self.astring(plain).decode("latin-1")
@@ -3929,12 +3923,11 @@ class Parser:
 
     def sequence(self) -> Ranges:
         ranges: Ranges = []
-        for part in self.must(SET, "messageset")[0].decode().split(","):
-            if not (found := RANGE.fullmatch(part)):
-                raise BadCommand("Invalid messageset")
-            ends = [STAR if end == "*" else int(end) for end in (found[1], found[2] or found[1])]
-            if any(end >= STAR and word != "*" for end, word in zip(ends, found.groups("*"))):
-                raise BadCommand("Number too large")
+        text = self.must(SET, "messageset")[0]
+        if any(int(number) >= STAR for number in NUMBER.findall(text)):
+            raise BadCommand("Number too large")
+        for part in text.split(b","):
+            ends = [STAR if end == b"*" else int(end) for end in part.split(b":")]
             ranges.append((min(ends), max(ends)))
         return ranges
 
@@ -4003,14 +3996,13 @@ class Parser:
         return name, flags, keywords, when, start
 
     def fetch(self) -> tuple[list[Item], int]:
-        macros = {"ALL": b" ENVELOPE", "FAST": b"", "FULL": b" ENVELOPE BODY"}
         if self.sees(b"("):
             items = self.items(self.fetch_item)
-        elif (found := self.may(FETCH_NAME)) and (name := found[0].decode().upper()) in macros:
-            names = b"FLAGS INTERNALDATE RFC822.SIZE" + macros[name]
+        elif macro := self.may(FETCH_MACRO):
+            more = {b"ALL": b" ENVELOPE", b"FAST": b"", b"FULL": b" ENVELOPE BODY"}
+            names = b"FLAGS INTERNALDATE RFC822.SIZE" + more[macro[0].upper()]
             items = [Item(each, each) for each in names.split()]
         else:
-            self.at -= len(found[0]) if found else 0
             items = [self.fetch_item()]
         return items, self.modifier(b"CHANGEDSINCE") if self.take(b" ") else -1
 
@@ -4095,10 +4087,7 @@ class Parser:
             raise BadCommand("Invalid text for this charset") from None
 
     def modseq(self) -> int:
-        if self.may(QUOTED_STRING):  # the entry's name and type, which all have one MODSEQ here
-            self.need(b" ")
-            self.atom()
-            self.need(b" ")
+        self.may(ENTRY)  # its name and type; all entries have one MODSEQ here
         return self.number()
 
     def header_name(self) -> str:
