@@ -3674,6 +3674,8 @@ FETCH_MACRO = re.compile(rb"(?:ALL|FAST|FULL)(?= |$)", re.I)
 SECTION = re.compile(
     rb"\[((?:[1-9]\d{0,8}\.)*[1-9]\d{0,8}(?=\])|(?:[1-9]\d{0,8}\.)*)"
     rb"(HEADER\.FIELDS(?:\.NOT)?(?= )|(?:HEADER|TEXT|MIME|)(?=\]))", re.I)
+STORE = re.compile(rb"(?:\(UNCHANGEDSINCE (\d{1,18})\) )?([+-]?)FLAGS(\.SILENT)? ", re.I)
+CHANGEDSINCE = re.compile(rb" \(CHANGEDSINCE (\d{1,18})\)", re.I)
 PARTIAL = re.compile(rb"<(\d{1,10})\.([1-9]\d{0,9})>")
 TAG = re.compile(rb"[!#$&',\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]{1,64}")
 SLEEPER_INPUT = re.compile(rb"(DONE\r?\n)?(?:(%b) IDLE\r?\n)?" % TAG.pattern, re.I)
@@ -3902,16 +3904,17 @@ class Parser:
     def number(self) -> int:
         return int(self.must(NUMBER, "number")[0])
 
+    def several(self, item: Callable[[], Any]) -> list[Any]:
+        found = [item()]
+        while self.take(b" "):
+            found.append(item())
+        return found
+
     def items(self, item: Callable[[], Any], least: int = 1) -> list[Any]:
         """A parenthesised list."""
-        found: list[Any] = []
         self.need(b"(")
-        while not self.take(b")"):
-            if found:
-                self.need(b" ")
-            found.append(item())
-        if len(found) < least:
-            raise BadCommand("Empty list")
+        found = [] if not least and self.sees(b")") else self.several(item)
+        self.need(b")")
         return found
 
     def words(self) -> list[str]:
@@ -3940,12 +3943,7 @@ class Parser:
 
     def flags(self) -> tuple[str, list[str]]:
         """(letters of system flags, keywords); STORE does without parentheses, too."""
-        if self.sees(b"("):
-            names = self.items(self.flag, 0)
-        else:
-            names = [self.flag()]
-            while self.take(b" "):
-                names.append(self.flag())
+        names = self.items(self.flag, 0) if self.sees(b"(") else self.several(self.flag)
         letters = sorted({LETTERS[name] for name in names if name in LETTERS})
         return "".join(letters), [name for name in names if name not in LETTERS]
 
@@ -3963,27 +3961,13 @@ class Parser:
     def condstore(self) -> bool:
         return self.take(b" ") and "CONDSTORE" in self.words()
 
-    def modifier(self, name: bytes) -> int:
-        self.need(b"(" + name + b" ")
-        number = self.number()
-        self.need(b")")
-        return number
-
     def store(self) -> tuple[str, bool, int, str, list[str]]:
-        since = 2**63
-        if self.sees(b"("):
-            since = self.modifier(b"UNCHANGEDSINCE")
-            self.need(b" ")
-        how = "+" if self.take(b"+") else "-" if self.take(b"-") else ""
-        self.need(b"FLAGS")
-        silent = self.take(b".SILENT")
-        self.need(b" ")
-        return how, silent, since, *self.flags()
+        since, how, silent = self.must(STORE).groups()
+        return how.decode(), bool(silent), int(since or 2**63), *self.flags()
 
     def append(self) -> tuple[str, str, list[str], float | None, int]:
         """All that comes before APPEND's message, and where that begins."""
-        name, flags, when = self.mailbox(), "", None
-        keywords: list[str] = []
+        name, when, flags, keywords = self.mailbox(), None, "", list[str]()
         self.need(b" ")
         if self.sees(b"("):
             flags, keywords = self.flags()
@@ -3999,12 +3983,13 @@ class Parser:
         if self.sees(b"("):
             items = self.items(self.fetch_item)
         elif macro := self.may(FETCH_MACRO):
-            more = {b"ALL": b" ENVELOPE", b"FAST": b"", b"FULL": b" ENVELOPE BODY"}
-            names = b"FLAGS INTERNALDATE RFC822.SIZE" + more[macro[0].upper()]
-            items = [Item(each, each) for each in names.split()]
+            count = {b"FAST": 3, b"ALL": 4, b"FULL": 5}[macro[0].upper()]
+            names = (b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"ENVELOPE", b"BODY")
+            items = [Item(each, each) for each in names[:count]]
         else:
             items = [self.fetch_item()]
-        return items, self.modifier(b"CHANGEDSINCE") if self.take(b" ") else -1
+        since = self.may(CHANGEDSINCE)
+        return items, int(since[1]) if since else -1
 
     def fetch_item(self) -> Item:
         name = self.must(FETCH_NAME, "FETCH item")[0].upper()
@@ -4029,11 +4014,10 @@ class Parser:
             label += b" (" + b" ".join(atom_or_quoted(name) for name in fields) + b")"
         self.need(b"]")
         label += b"]"
-        start, length = 0, STAR
-        if partial := self.may(PARTIAL):
-            start, length = int(partial[1]), int(partial[2])
-            label += b"<%d>" % start
-        return Item(label, b"[]", part, what, fields, start, length, seen)
+        if not (partial := self.may(PARTIAL)):
+            return Item(label, b"[]", part, what, fields, seen=seen)
+        start, length = int(partial[1]), int(partial[2])
+        return Item(label + b"<%d>" % start, b"[]", part, what, fields, start, length, seen)
 
     # SEARCH
 
@@ -4045,10 +4029,7 @@ class Parser:
                 raise MailError("BADCHARSET (US-ASCII UTF-8)", "Unknown charset")
             self.charset = charset.decode()
             self.need(b" ")
-        keys = [self.key()]
-        while self.take(b" "):
-            keys.append(self.key())
-        return every(keys), b"MODSEQ" in self.text.upper()
+        return every(self.several(self.key)), b"MODSEQ" in self.text.upper()
 
     def key(self) -> Key:
         self.depth += 1
