@@ -3763,25 +3763,24 @@ class PasswordFile:
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip() and not line.startswith("#"):
-                    self.add(*(line + ":" * 6).split(":")[:6])
+                    self.add(*(line + ":" * 6).split(":"))
             except ValueError as error:
                 log.warning("%s:%d: %s", self.path, number, error)
         self.dearest = max((secret for secret, _ in self.users.values()), default=self.dearest)
 
-    def add(self, name: str, stored: str, uid: str, gid: str, gecos: str, home: str) -> None:
-        if not USER_NAME.fullmatch(name):
-            raise ValueError("not a user name (letters are lower case)")
-        if name in self.users:
-            raise ValueError("the user has an earlier line")
-        self.users[name] = Secret.read(stored), home
+    def add(self, name: str, stored: str, *others: str) -> None:
+        if name in self.users or not USER_NAME.fullmatch(name):
+            raise ValueError("not a user name (letters are lower case), or it has an earlier line")
+        self.users[name] = Secret.read(stored), others[3]
 
     def check(self, user: str, password: str) -> str | None:
         """The user's home ("" if none is named), or None: then it took as long as the dearest."""
         secret, home = self.users.get(user, (self.dearest, ""))
-        right = secret.fits(password) and user in self.users
-        if not right and secret.rounds < self.dearest.rounds:
+        if secret.fits(password) and user in self.users:
+            return home
+        if secret.rounds < self.dearest.rounds:
             self.dearest.fits(password)
-        return home if right else None
+        return None
 
 
 class AuthSession(Session):
@@ -3812,8 +3811,7 @@ class AuthSession(Session):
         path, user = self.config.passwd_file, name.lower()  # Dovecot's auth_username_format, %Lu
         passwords = self.files.setdefault(path, PasswordFile(path))
         passwords.refresh()
-        home = passwords.check(user, password)
-        if home is None:
+        if (home := passwords.check(user, password)) is None:
             log.info("<%s> auth: wrong password or no such user: %.64r", sid, name)
             return ["no", REFUSED]
         home = home if os.path.isabs(home) else home_of(self.config, user)
@@ -3925,8 +3923,7 @@ class Parser:
         return text
 
     def sequence(self) -> Ranges:
-        ranges: Ranges = []
-        text = self.must(SET, "messageset")[0]
+        ranges, text = Ranges(), self.must(SET, "messageset")[0]
         if any(int(number) >= STAR for number in NUMBER.findall(text)):
             raise BadCommand("Number too large")
         for part in text.split(b","):
