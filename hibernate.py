@@ -3605,12 +3605,16 @@ LIST_PATTERN = re.compile(rb'[^\x00-\x20\x7f-\xff(){"\\]+')
 QUOTED_STRING = re.compile(rb'"((?:[^"\\\r\n\x00]|\\["\\])*)"')
 LITERAL = re.compile(rb"\{(\d{1,18})(\+?)\}\r?\n")
 NUMBER = re.compile(rb"\d{1,18}")
-SET = re.compile(rb"[\d*:,]+")
-RANGE = re.compile(r"([1-9]\d{0,9}|\*)(?::([1-9]\d{0,9}|\*))?")
+RANGE = rb"(?:[1-9]\d{0,9}|\*)(?::(?:[1-9]\d{0,9}|\*))?"
+SET = re.compile(rb"%b(?:,%b)*" % (RANGE, RANGE))
+ENTRY = re.compile(QUOTED_STRING.pattern + rb" [a-z]+ ", re.I)
 FETCH_NAME = re.compile(rb"[A-Za-z0-9.]+")
+FETCH_MACRO = re.compile(rb"(?:ALL|FAST|FULL)(?= |$)", re.I)
 SECTION = re.compile(
     rb"\[((?:[1-9]\d{0,8}\.)*[1-9]\d{0,8}(?=\])|(?:[1-9]\d{0,8}\.)*)"
     rb"(HEADER\.FIELDS(?:\.NOT)?(?= )|(?:HEADER|TEXT|MIME|)(?=\]))", re.I)
+STORE = re.compile(rb"(?:\(UNCHANGEDSINCE (\d{1,18})\) )?([+-]?)FLAGS(\.SILENT)? ", re.I)
+CHANGEDSINCE = re.compile(rb" \(CHANGEDSINCE (\d{1,18})\)", re.I)
 PARTIAL = re.compile(rb"<(\d{1,10})\.([1-9]\d{0,9})>")
 TAG = re.compile(rb"[!#$&',\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]{1,64}")
 SLEEPER_INPUT = re.compile(rb"(DONE\r?\n)?(?:(%b) IDLE\r?\n)?" % TAG.pattern, re.I)
@@ -3626,6 +3630,13 @@ USER_NAME = re.compile(r"(?!\.)(?!.*\.\.)[a-z0-9._@-]{1,128}")  # becomes part o
 PBKDF2 = re.compile(r"\$1\$([^$]*)\$([1-9][0-9]{0,6})\$([0-9a-fA-F]{40})")
 REFUSED = "[AUTHENTICATIONFAILED] Authentication failed."
 PBKDF2_ROUNDS = 100_000  # 25 ms of a processor for each log-in; Dovecot's default is 5000
+
+
+def digest_of(scheme: str, password: str, salt: bytes, rounds: int) -> bytes:
+    found = password.encode("utf-8", "surrogateescape")
+    if scheme == "SSHA512":
+        return hashlib.sha512(found + salt).digest()
+    return hashlib.pbkdf2_hmac("sha1", found, salt, rounds) if scheme == "PBKDF2" else found
 
 
 class Secret(NamedTuple):
@@ -3651,36 +3662,25 @@ class Secret(NamedTuple):
         raise ValueError(f"not {{PLAIN}}, {{SSHA512}} or {{PBKDF2}} and a password: {{{scheme}}}")
 
     def fits(self, password: str) -> bool:
-        found = password.encode("utf-8", "surrogateescape")
-        if self.scheme == "SSHA512":
-            found = hashlib.sha512(found + self.salt).digest()
-        elif self.scheme == "PBKDF2":
-            found = hashlib.pbkdf2_hmac("sha1", found, self.salt, self.rounds)
+        found = digest_of(self.scheme, password, self.salt, self.rounds)
         return hmac.compare_digest(found, self.digest)
 
 
-def verify(stored: str, password: str) -> bool:
-    """Is it the password? ValueError if `stored` is none of ours.
-
-    >>> verify(encode_password("SSHA512", "secret"), "secret"), verify("{PLAIN}secret", "Secret")
-    (True, False)
-    """
-    return Secret.read(stored).fits(password)
-
-
 def encode_password(scheme: str, password: str) -> str:
-    """`{SCHEME}...` for a passwd-file, as by `doveadm pw`; ValueError: it can't be written so."""
-    secret, salt = password.encode("utf-8", "surrogateescape"), secrets.token_hex(8)
-    stored = "{PLAIN}" + password
-    if scheme.upper() == "SSHA512":
-        digest = hashlib.sha512(secret + salt.encode()).digest()
-        stored = "{SSHA512}" + base64.b64encode(digest + salt.encode()).decode()
-    elif scheme.upper() == "PBKDF2":
-        digest = hashlib.pbkdf2_hmac("sha1", secret, salt.encode(), PBKDF2_ROUNDS)
-        stored = f"{{PBKDF2}}$1${salt}${PBKDF2_ROUNDS}${digest.hex()}"
-    elif scheme.upper() != "PLAIN" or not password or re.search("[:\0\r\n]", password):
+    """`{SCHEME}...` for a passwd-file, as by `doveadm pw`; ValueError: it can't be written so.
+
+    >>> Secret.read(encode_password("SSHA512", "secret")).fits("secret")
+    True
+    """
+    scheme, salt = scheme.upper(), secrets.token_hex(8)
+    digest = digest_of(scheme, password, salt.encode(), PBKDF2_ROUNDS)
+    if scheme == "SSHA512":
+        return "{SSHA512}" + base64.b64encode(digest + salt.encode()).decode()
+    if scheme == "PBKDF2":
+        return f"{{PBKDF2}}$1${salt}${PBKDF2_ROUNDS}${digest.hex()}"
+    if scheme != "PLAIN" or not password or re.search("[:\0\r\n]", password):
         raise ValueError("PLAIN, SSHA512 or PBKDF2; PLAIN neither empty nor with a colon")
-    return stored
+    return "{PLAIN}" + password
 
 
 class PasswordFile:
@@ -3702,25 +3702,24 @@ class PasswordFile:
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip() and not line.startswith("#"):
-                    self.add(*(line.rstrip("\r") + ":" * 6).split(":")[:6])
+                    self.add(*(line + ":" * 6).split(":"))
             except ValueError as error:
                 log.warning("%s:%d: %s", self.path, number, error)
         self.dearest = max((secret for secret, _ in self.users.values()), default=self.dearest)
 
-    def add(self, name: str, stored: str, uid: str, gid: str, gecos: str, home: str) -> None:
-        if not USER_NAME.fullmatch(name):
-            raise ValueError("not a user name (letters are lower case)")
-        if name in self.users:
-            raise ValueError("the user has an earlier line")
-        self.users[name] = Secret.read(stored), home
+    def add(self, name: str, stored: str, *others: str) -> None:
+        if name in self.users or not USER_NAME.fullmatch(name):
+            raise ValueError("not a user name (letters are lower case), or it has an earlier line")
+        self.users[name] = Secret.read(stored), others[3]
 
     def check(self, user: str, password: str) -> str | None:
         """The user's home ("" if none is named), or None: then it took as long as the dearest."""
         secret, home = self.users.get(user, (self.dearest, ""))
-        right = secret.fits(password) and user in self.users
-        if not right and secret.rounds < self.dearest.rounds:
+        if secret.fits(password) and user in self.users:
+            return home
+        if secret.rounds < self.dearest.rounds:
             self.dearest.fits(password)
-        return home if right else None
+        return None
 
 
 class AuthSession(Session):
@@ -3730,19 +3729,18 @@ class AuthSession(Session):
     files: dict[str, PasswordFile] = {}  # of this process; nothing is read before the fork
 
     def step(self) -> Reply | None:
-        request = bytes(self.buffer)
-        self.buffer.clear()
-        return self.answer(request) if request else None
+        return self.answer() if self.buffer else None
 
-    def answer(self, request: bytes) -> Reply:
+    def answer(self) -> Reply:
         try:
-            reply = self.log_in(*checked(request.decode(), (str,) * 5))
+            reply = self.log_in(*checked(self.buffer.decode(), (str,) * 5))
         except ValueError as error:  # its words may hold a password
             log.info("auth: request refused: %s", type(error).__name__)
             reply = ["no", REFUSED]
         except OSError as error:
             log.error("%s: %s", self.config.passwd_file, error.strerror)
             reply = ["no", "[UNAVAILABLE] Temporary authentication failure."]
+        self.buffer.clear()
         yield compact(reply).encode()
         self.ended = "answered"
 
@@ -3752,13 +3750,11 @@ class AuthSession(Session):
         path, user = self.config.passwd_file, name.lower()  # Dovecot's auth_username_format, %Lu
         passwords = self.files.setdefault(path, PasswordFile(path))
         passwords.refresh()
-        home = passwords.check(user, password)
-        if home is None:
+        if (home := passwords.check(user, password)) is None:
             log.info("<%s> auth: wrong password or no such user: %.64r", sid, name)
             return ["no", REFUSED]
         home = home if os.path.isabs(home) else home_of(self.config, user)
         return ["ok", user, *ticket(self.key, identity, sid, user, remote, home, [])]
-
 
 
 class BadCommand(Exception):
@@ -3824,7 +3820,9 @@ class Parser:
     def atom(self) -> str:
         return self.must(ATOM)[0].decode().upper()
 
-    def string(self) -> bytes:
+    def astring(self, plain: re.Pattern[bytes] = ASTRING) -> bytes:
+        if found := self.may(plain):
+            return found[0]
         if found := self.may(QUOTED_STRING):
             return re.sub(rb"\\(.)", rb"\1", found[1])
         size = int(self.must(LITERAL)[1])
@@ -3832,10 +3830,6 @@ class Parser:
         if self.at > len(self.text):
             raise BadCommand("Invalid literal")
         return self.text[self.at - size : self.at]
-
-    def astring(self, plain: re.Pattern[bytes] = ASTRING) -> bytes:
-        found = self.may(plain)
-        return found[0] if found else self.string()
 
     def mailbox(self, plain: re.Pattern[bytes] = ASTRING) -> str:
         name = self.astring(plain).decode("latin-1")
@@ -3847,16 +3841,17 @@ class Parser:
     def number(self) -> int:
         return int(self.must(NUMBER, "number")[0])
 
+    def several(self, item: Callable[[], Any]) -> list[Any]:
+        found = [item()]
+        while self.take(b" "):
+            found.append(item())
+        return found
+
     def items(self, item: Callable[[], Any], least: int = 1) -> list[Any]:
         """A parenthesised list."""
-        found: list[Any] = []
         self.need(b"(")
-        while not self.take(b")"):
-            if found:
-                self.need(b" ")
-            found.append(item())
-        if len(found) < least:
-            raise BadCommand("Empty list")
+        found = [] if not least and self.sees(b")") else self.several(item)
+        self.need(b")")
         return found
 
     def words(self) -> list[str]:
@@ -3867,13 +3862,11 @@ class Parser:
         return text
 
     def sequence(self) -> Ranges:
-        ranges: Ranges = []
-        for part in self.must(SET, "messageset")[0].decode().split(","):
-            if not (found := RANGE.fullmatch(part)):
-                raise BadCommand("Invalid messageset")
-            ends = [STAR if end == "*" else int(end) for end in (found[1], found[2] or found[1])]
-            if any(end >= STAR and word != "*" for end, word in zip(ends, found.groups("*"))):
-                raise BadCommand("Number too large")
+        ranges, text = Ranges(), self.must(SET, "messageset")[0]
+        if any(int(number) >= STAR for number in NUMBER.findall(text)):
+            raise BadCommand("Number too large")
+        for part in text.split(b","):
+            ends = [STAR if end == b"*" else int(end) for end in part.split(b":")]
             ranges.append((min(ends), max(ends)))
         return ranges
 
@@ -3886,12 +3879,7 @@ class Parser:
 
     def flags(self) -> tuple[str, list[str]]:
         """(letters of system flags, keywords); STORE does without parentheses, too."""
-        if self.sees(b"("):
-            names = self.items(self.flag, 0)
-        else:
-            names = [self.flag()]
-            while self.take(b" "):
-                names.append(self.flag())
+        names = self.items(self.flag, 0) if self.sees(b"(") else self.several(self.flag)
         letters = sorted({LETTERS[name] for name in names if name in LETTERS})
         return "".join(letters), [name for name in names if name not in LETTERS]
 
@@ -3909,27 +3897,13 @@ class Parser:
     def condstore(self) -> bool:
         return self.take(b" ") and "CONDSTORE" in self.words()
 
-    def modifier(self, name: bytes) -> int:
-        self.need(b"(" + name + b" ")
-        number = self.number()
-        self.need(b")")
-        return number
-
     def store(self) -> tuple[str, bool, int, str, list[str]]:
-        since = 2**63
-        if self.sees(b"("):
-            since = self.modifier(b"UNCHANGEDSINCE")
-            self.need(b" ")
-        how = "+" if self.take(b"+") else "-" if self.take(b"-") else ""
-        self.need(b"FLAGS")
-        silent = self.take(b".SILENT")
-        self.need(b" ")
-        return how, silent, since, *self.flags()
+        since, how, silent = self.must(STORE).groups()
+        return how.decode(), bool(silent), int(since or 2**63), *self.flags()
 
     def append(self) -> tuple[str, str, list[str], float | None, int]:
         """All that comes before APPEND's message, and where that begins."""
-        name, flags, when = self.mailbox(), "", None
-        keywords: list[str] = []
+        name, when, flags, keywords = self.mailbox(), None, "", list[str]()
         self.need(b" ")
         if self.sees(b"("):
             flags, keywords = self.flags()
@@ -3942,16 +3916,16 @@ class Parser:
         return name, flags, keywords, when, start
 
     def fetch(self) -> tuple[list[Item], int]:
-        macros = {"ALL": b" ENVELOPE", "FAST": b"", "FULL": b" ENVELOPE BODY"}
         if self.sees(b"("):
             items = self.items(self.fetch_item)
-        elif (found := self.may(FETCH_NAME)) and (name := found[0].decode().upper()) in macros:
-            names = b"FLAGS INTERNALDATE RFC822.SIZE" + macros[name]
-            items = [Item(each, each) for each in names.split()]
+        elif macro := self.may(FETCH_MACRO):
+            count = {b"FAST": 3, b"ALL": 4, b"FULL": 5}[macro[0].upper()]
+            names = (b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"ENVELOPE", b"BODY")
+            items = [Item(each, each) for each in names[:count]]
         else:
-            self.at -= len(found[0]) if found else 0
             items = [self.fetch_item()]
-        return items, self.modifier(b"CHANGEDSINCE") if self.take(b" ") else -1
+        since = self.may(CHANGEDSINCE)
+        return items, int(since[1]) if since else -1
 
     def fetch_item(self) -> Item:
         name = self.must(FETCH_NAME, "FETCH item")[0].upper()
@@ -3976,11 +3950,10 @@ class Parser:
             label += b" (" + b" ".join(atom_or_quoted(name) for name in fields) + b")"
         self.need(b"]")
         label += b"]"
-        start, length = 0, STAR
-        if partial := self.may(PARTIAL):
-            start, length = int(partial[1]), int(partial[2])
-            label += b"<%d>" % start
-        return Item(label, b"[]", part, what, fields, start, length, seen)
+        if not (partial := self.may(PARTIAL)):
+            return Item(label, b"[]", part, what, fields, seen=seen)
+        start, length = int(partial[1]), int(partial[2])
+        return Item(label + b"<%d>" % start, b"[]", part, what, fields, start, length, seen)
 
     # SEARCH
 
@@ -3992,10 +3965,7 @@ class Parser:
                 raise MailError("BADCHARSET (US-ASCII UTF-8)", "Unknown charset")
             self.charset = charset.decode()
             self.need(b" ")
-        keys = [self.key()]
-        while self.take(b" "):
-            keys.append(self.key())
-        return every(keys), b"MODSEQ" in self.text.upper()
+        return every(self.several(self.key)), b"MODSEQ" in self.text.upper()
 
     def key(self) -> Key:
         self.depth += 1
@@ -4034,10 +4004,7 @@ class Parser:
             raise BadCommand("Invalid text for this charset") from None
 
     def modseq(self) -> int:
-        if self.may(QUOTED_STRING):  # the entry's name and type, which all have one MODSEQ here
-            self.need(b" ")
-            self.atom()
-            self.need(b" ")
+        self.may(ENTRY)  # its name and type; all entries have one MODSEQ here
         return self.number()
 
     def header_name(self) -> str:
