@@ -4091,15 +4091,12 @@ class View:
         _, times = index.refresh(self.box(), not self.readonly, thorough=expunges)
         with index.transaction("DEFERRED"):  # all of what follows is of one moment
             box = self.box()
-            query = "SELECT uid FROM expunged WHERE box = ? AND modseq > ? AND uid < ? ORDER BY uid"
-            dead = [row[0] for row in self.query(query, self.expunged, self.uidnext)]
-            query = (
-                "SELECT uid, flags, keywords, modseq FROM message"
-                " WHERE box = ? AND modseq > ? AND uid < ? ORDER BY uid"
-            )
+            since = "WHERE box = ? AND modseq > ? AND uid < ? ORDER BY uid"
+            rows = self.query(f"SELECT uid FROM expunged {since}", self.expunged, self.uidnext)
+            dead = [row[0] for row in rows]
+            query = f"SELECT uid, flags, keywords, modseq FROM message {since}"
             changed = self.query(query, self.modseq, self.uidnext)
-            query = "SELECT uid FROM message WHERE box = ? AND uid >= ? ORDER BY uid"
-            fresh = [row[0] for row in self.query(query, self.uidnext)]
+            fresh = [row.uid for row in index.rows(box.id, self.uidnext)]
             if dead or fresh or changed:
                 self.uids  # noqa: B018  made now, of this moment
         lines = self.flag_lines() if len(box.keywords.split()) != self.keywords else []
@@ -4132,9 +4129,8 @@ class View:
         words = self.box().keywords.split()
         self.keywords = len(words)
         flags = " ".join([SYSTEM_FLAGS, *words])
-        permanent = f"({flags} \\*)] Flags permitted."
-        if self.readonly:
-            permanent = "()] Read-only mailbox."
+        usual = f"({flags} \\*)] Flags permitted."
+        permanent = "()] Read-only mailbox." if self.readonly else usual
         return [f"* FLAGS ({flags})\r\n* OK [PERMANENTFLAGS {permanent}\r\n"]
 
 
@@ -4212,15 +4208,13 @@ SEARCH_KEYS: dict[str, tuple[tuple[Callable[[Parser], Any], ...], int, Callable[
     "SENTBEFORE": ((Parser.day,), 2, lambda m, day: m.sent_day() < day),
     "SENTON": ((Parser.day,), 2, lambda m, day: m.sent_day() == day),
     "SENTSINCE": ((Parser.day,), 2, lambda m, day: m.sent_day() >= day),
-    "BCC": ((Parser.words_sought,), 2, lambda m, text: m.has("Bcc", text)),
-    "CC": ((Parser.words_sought,), 2, lambda m, text: m.has("Cc", text)),
-    "FROM": ((Parser.words_sought,), 2, lambda m, text: m.has("From", text)),
-    "SUBJECT": ((Parser.words_sought,), 2, lambda m, text: m.has("Subject", text)),
-    "TO": ((Parser.words_sought,), 2, lambda m, text: m.has("To", text)),
     "HEADER": ((Parser.header_name, Parser.words_sought), 2, Candidate.has),
     "BODY": ((Parser.words_sought,), 3, lambda m, t: t in m.message.text(False).casefold()),
     "TEXT": ((Parser.words_sought,), 3, lambda m, t: t in m.message.text(True).casefold()),
 }
+for _name in ("Bcc", "Cc", "From", "Subject", "To"):
+    SEARCH_KEYS[_name.upper()] = (
+        (Parser.words_sought,), 2, lambda m, text, name=_name: m.has(name, text))
 
 
 def pieces(data: bytes) -> Iterator[bytes]:
@@ -4233,11 +4227,8 @@ def every(keys: list[Key]) -> Key:
 
 
 def within(number: int, ranges: Ranges, last: int) -> bool:
-    for ends in ranges:
-        low, high = sorted(last if end == STAR else end for end in ends)
-        if low <= number <= high:
-            return True
-    return False
+    bounds = (sorted(last if end == STAR else end for end in ends) for ends in ranges)
+    return any(low <= number <= high for low, high in bounds)
 
 
 def flag_list(letters: str, keywords: str, recent: bool) -> str:
@@ -4460,9 +4451,8 @@ class CommandSession(Session):
         yield from ()
 
     def capabilities(self) -> str:
-        return CAPABILITY + (
-            " NAMESPACE CHILDREN UNSELECT UIDPLUS MOVE CONDSTORE" if self.user else " AUTH=PLAIN"
-        )
+        after_login = " NAMESPACE CHILDREN UNSELECT UIDPLUS MOVE CONDSTORE"
+        return CAPABILITY + (after_login if self.user else " AUTH=PLAIN")
 
     def capability(self) -> Step:
         yield f"* CAPABILITY {self.capabilities()}\r\n".encode()
@@ -4628,10 +4618,9 @@ class ImapSession(CommandSession):
         self.condstore = True
 
     def enable(self, names: bytes) -> Step:
-        if b"CONDSTORE" not in names.upper().split():
-            return "OK Enabled."
-        yield from self.use_condstore()
-        yield b"* ENABLED CONDSTORE\r\n"
+        if b"CONDSTORE" in names.upper().split():
+            yield from self.use_condstore()
+            yield b"* ENABLED CONDSTORE\r\n"
         return "OK Enabled."
 
     def namespace(self) -> Step:
