@@ -66,7 +66,6 @@ import logging
 import math
 import mmap
 import multiprocessing
-import operator
 import os
 import pwd
 import re
@@ -82,7 +81,6 @@ import string
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
 from array import array
@@ -2075,11 +2073,11 @@ class Unavailable(Exception):
 class Child:
     """A process as the master knows it."""
 
-    process: Any
-    pid: int  # of its survivor, if it was a keeper
-    generation: int
     slot: int
+    generation: int
     room: int  # until its first report: what it will have
+    process: Any = None
+    pid: int = 0  # of its survivor, if it was a keeper
     channel: Channel | None = None
     clients: int = 0
     reported: bool = False
@@ -2098,12 +2096,11 @@ class Pool:
     role: Role
     settings: Section
     inbox: socket.socket
+    listeners: list[list[socket.socket]]
     children: list[Child] = field(default_factory=list)
-    listeners: list[list[socket.socket]] = field(default_factory=list)
     delay: float = 0.0  # seconds, of the last throttle
-    throttled: Timer | None = None
+    resting: Timer | None = None  # throttled, or all are full: until the master looks again
     full_since: float = 0.0  # 0: not all are full
-    patience: Timer | None = None  # all are full: until the master looks again
     idle_low: int = 0  # fewest idle processes seen in this idle_kill interval
 
     def idle(self) -> list[Child]:
@@ -2121,17 +2118,18 @@ class Master:
         """`ready` is called once, when all listen and every reserve has reported."""
         self.config = config
         self.ready = ready
-        inherited = json.loads(os.environ.pop(INHERIT, "{}"))
-        self.lock: int = inherited.get("lock", -1)
-        self.generation: int = inherited.get("generation", 0)
-        self.old_pids: set[int] = set(inherited.get("pids", []))
-        self.inherited: dict[str, list[int]] = inherited.get("listeners", {})
+        inherited = json.loads(os.environ.pop(INHERIT, "[-1, 0, [], {}]"))
+        self.lock: int = inherited[0]
+        self.generation: int = inherited[1]
+        self.old_pids: set[int] = set(inherited[2])
+        self.inherited: dict[str, list[int]] = inherited[3]
+        self.groups: dict[str, list[socket.socket]] = {}  # what the next generation inherits
         self.loop = Loop()
         self.pools: list[Pool] = []
         users = {service.user for service in config.services.values()} - {""}
         self.peers = {os.getuid(), *(pwd.getpwnam(user).pw_uid for user in users)}
         self.stopping = False
-        self.check: tuple[subprocess.Popen[bytes], Any, Channel | None] | None = None
+        self.check: tuple[subprocess.Popen[bytes], Channel | None] | None = None
         self.context = multiprocessing.get_context("fork")
 
     # From start to ready
@@ -2142,9 +2140,8 @@ class Master:
         groups = {name: self.open_listeners(name) for name in names}  # all of them before a fork
         close_all(itertools.chain(*self.inherited.values()))  # gone from the configuration
         for role in self.config.program.roles:
-            pool = Pool(role, self.config.services[role.name], self.open_inbox(role.name))
-            pool.listeners = groups[role.name]
-            self.pools.append(pool)
+            settings, inbox = self.config.services[role.name], self.open_inbox(role.name)
+            self.pools.append(Pool(role, settings, inbox, groups[role.name]))
         self.control = self.open_inbox("master")
         self.loop.watch(self.control.fileno(), READ, self.accept_control)
         gc.collect()
@@ -2188,6 +2185,7 @@ class Master:
             while len(group) < count:
                 port = group[0].getsockname()[1] if group else listener.port
                 group.append(bind(listener.address, port, listener.reuse_port))
+            self.groups[key] = group
             groups.append(group)
         return groups
 
@@ -2196,8 +2194,7 @@ class Master:
         path = self.config.inbox(service)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path + ".new")
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        sock.setblocking(False)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         sock.bind(path + ".new")
         sock.listen(1024)
         os.chmod(path + ".new", 0o666 if len(self.peers) > 1 and service != "master" else 0o600)
@@ -2208,18 +2205,17 @@ class Master:
 
     def balance(self, pool: Pool) -> None:
         """Fork what the reserve asks for; listen exactly while no process has room."""
-        able = not self.stopping and not pool.throttled
         missing = pool.settings.process_min_avail - sum(c.room > 0 for c in pool.children)
         free = pool.settings.process_limit - len(pool.children)
-        for _ in range(min(missing, free) if able else 0):
-            self.spawn(pool)
+        for _ in range(min(missing, free)):
+            if not self.stopping and not pool.resting:
+                self.spawn(pool)
         full = not any(child.room > 0 for child in pool.children)
-        listens = full and not self.stopping and not pool.throttled and not pool.patience
+        listens = full and not self.stopping and not pool.resting
         pool.full_since = pool.full_since if full else 0.0
         shared = [group[0] for group in pool.listeners if len(group) == 1]
         for sock in (pool.inbox, *shared):
-            if sock.fileno() >= 0:
-                self.loop.watch(sock.fileno(), READ * listens, lambda *_: self.called(pool))
+            self.loop.watch(sock.fileno(), READ * listens, lambda *_: self.called(pool))
         pool.idle_low = min(pool.idle_low, len(pool.idle()))
         self.cover(pool)
 
@@ -2236,12 +2232,25 @@ class Master:
                     pool.settings.client_limit,
                 )  # fmt: skip
             pool.tell(f"full {time.monotonic() - pool.full_since:.0f}")
-            pool.patience = self.loop.later(1.0, lambda: self.look_again(pool))
+            self.rest(pool, 1.0)
         self.balance(pool)
 
-    def look_again(self, pool: Pool) -> None:
-        pool.patience = None
-        self.balance(pool)
+    def rest(self, pool: Pool, seconds: float) -> None:
+        """Neither fork nor listen for it until then."""
+
+        def over() -> None:
+            pool.resting = None
+            self.balance(pool)
+
+        if pool.resting:
+            pool.resting.cancel()
+        pool.resting = self.loop.later(seconds, over)
+
+    def throttle(self, pool: Pool) -> None:
+        """A process has died before it reported: no new one for a while."""
+        pool.delay = min(max(pool.delay * 2, THROTTLE[0]), THROTTLE[1])
+        log.error("service %s: no new process for %d s", pool.role.name, pool.delay)
+        self.rest(pool, pool.delay)
 
     def cover(self, pool: Pool) -> None:
         """A SO_REUSEPORT socket whose process is full or missing would keep its share of new
@@ -2255,15 +2264,14 @@ class Master:
                 child.tell(words)
 
     def spawn(self, pool: Pool) -> None:
-        used = {child.slot for child in pool.children}
-        slot = next(n for n in itertools.count() if n not in used)
+        slot = min({*range(len(pool.children) + 1)} - {child.slot for child in pool.children})
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.generation += 1
-        process = self.context.Process(
-            target=self.child_main, args=(pool, slot, ours, theirs), name=pool.role.name
-        )
+        child = Child(slot, self.generation, pool.settings.client_limit)
+        main = partial(self.child_main, pool, child, ours, theirs)
+        child.process = self.context.Process(target=main, name=pool.role.name)
         try:
-            process.start()
+            child.process.start()
         except OSError as error:
             log.error("service %s: fork: %s", pool.role.name, error.strerror)
             ours.close()
@@ -2271,20 +2279,14 @@ class Master:
             return
         finally:
             theirs.close()
-        child = Child(process, process.pid, self.generation, slot, pool.settings.client_limit)
+        child.pid = child.process.pid
         pool.children.append(child)
-
-        def heard(message: bytes, fds: list[int]) -> None:
-            close_all(fds)
-            if message:
-                self.reported(pool, child, message)
-            else:
-                self.bury(pool, child)
-
-        child.channel = Channel(self.loop, ours, heard)
+        child.channel = Channel(self.loop, ours, partial(self.heard, pool, child))
         self.loop.later(START_TIME, lambda: self.see_started(pool, child))
 
-    def child_main(self, pool: Pool, slot: int, ours: socket.socket, theirs: socket.socket) -> None:
+    def child_main(
+        self, pool: Pool, child: Child, ours: socket.socket, theirs: socket.socket
+    ) -> None:
         """The new process: put in order what the fork has copied, then be a service."""
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_IGN)  # a Ctrl-C reaches the whole process group
@@ -2294,36 +2296,42 @@ class Master:
         self.control.close()
         os.close(self.lock)
         for other in self.pools:
-            for child in other.children:
-                if child.channel:
-                    child.channel.sock.close()
+            for sibling in other.children:
+                if sibling.channel:
+                    sibling.channel.sock.close()
             if other is not pool:
                 for sock in (other.inbox, *itertools.chain(*other.listeners)):
                     sock.close()
         kind = Keeper if pool.role.wakes else Service
-        kind(self, pool, slot, self.generation).run(theirs)
+        kind(self, pool, child.slot, child.generation).run(theirs)
 
     def see_started(self, pool: Pool, child: Child) -> None:
         if child in pool.children and not child.reported:
-            log.error("service %s: process %d does not report", pool.role.name, child.process.pid)
-            os.kill(child.process.pid, signal.SIGKILL)
+            log.error("service %s: process %d does not report", pool.role.name, child.pid)
+            os.kill(child.pid, signal.SIGKILL)
 
-    def reported(self, pool: Pool, child: Child, message: bytes) -> None:
+    def heard(self, pool: Pool, child: Child, message: bytes, fds: list[int]) -> None:
+        close_all(fds)
+        if not message:
+            self.bury(pool, child)
+            return
         generation, room, clients, pid = checked(message.decode(), (int, int, int, int))
-        if generation == child.generation:
-            pool.delay = 0.0
-            if pid != child.pid:  # a keeper's survivor: it knows nothing of earlier words
-                child.pid = pid
-                self.old_pids.add(pid)
-                if self.stopping:
-                    child.tell("stop")
-            child.reported, child.room, child.clients = True, room, clients
-            self.balance(pool)
-            counts = [sum(child.reported for child in pool.children) for pool in self.pools]
-            wanted = [pool.settings.process_min_avail for pool in self.pools]
-            if self.ready and all(map(operator.ge, counts, wanted)):
-                self.ready(self)
-                self.ready = None
+        if generation != child.generation:
+            return
+        pool.delay = 0.0
+        if pid != child.pid:  # a keeper's survivor: it knows nothing of earlier words
+            child.pid = pid
+            self.old_pids.add(pid)
+            if self.stopping:
+                child.tell("stop")
+        child.reported, child.room, child.clients = True, room, clients
+        self.balance(pool)
+        if self.ready and all(
+            sum(child.reported for child in pool.children) >= pool.settings.process_min_avail
+            for pool in self.pools
+        ):
+            self.ready(self)
+            self.ready = None
 
     def reap(self) -> None:
         multiprocessing.active_children()  # reaps those that have ended
@@ -2333,9 +2341,9 @@ class Master:
                     continue
             self.old_pids.discard(pid)
         if self.check and self.check[0].poll() is not None:
-            self.checked()
+            self.checked(*self.check)
         if self.stopping and not self.old_pids and not any(pool.children for pool in self.pools):
-            for name in (*(pool.role.name for pool in self.pools), "master"):
+            for name in (*self.config.services, "master"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.config.inbox(name))
             self.loop.running = False
@@ -2351,19 +2359,6 @@ class Master:
             self.throttle(pool)
         self.balance(pool)
         self.reap()
-
-    def throttle(self, pool: Pool) -> None:
-        """A process has died before it reported: no new one for a while."""
-        pool.delay = min(max(pool.delay * 2, THROTTLE[0]), THROTTLE[1])
-        log.error("service %s: no new process for %d s", pool.role.name, pool.delay)
-        if pool.throttled:
-            pool.throttled.cancel()
-
-        def over() -> None:
-            pool.throttled = None
-            self.balance(pool)
-
-        pool.throttled = self.loop.later(pool.delay, over)
 
     def end_idle(self, pool: Pool) -> None:
         """Every idle_kill seconds: as many as were idle all the time, above the reserve, end."""
@@ -2390,21 +2385,15 @@ class Master:
             self.stop()  # the channel's end will tell that it is done
         elif name == "reload":
             self.reload(channel)
-        elif name in ("who", "status", "kick"):
-            for pool in self.pools:
+        else:
+            for pool in self.pools if name in ("who", "status", "kick") else ():
                 if name == "status":
-                    channel.send(compact(self.row(pool)).encode() + b"\n")
+                    row = {"service": pool.role.name, "processes": len(pool.children)}
+                    row |= {"process_limit": pool.settings.process_limit, "delay": pool.delay}
+                    row |= {"client_limit": pool.settings.client_limit}
+                    channel.send(compact(row).encode() + b"\n")
                 pool.tell(line, channel.sock.fileno())
             channel.close()
-        else:
-            channel.close()
-
-    def row(self, pool: Pool) -> dict[str, Any]:
-        return {
-            "service": pool.role.name, "processes": len(pool.children), "delay": pool.delay,
-            "process_limit": pool.settings.process_limit, "throttled": bool(pool.throttled),
-            "client_limit": pool.settings.client_limit,
-        }  # fmt: skip
 
     def stop(self) -> None:
         """Now, with a farewell to every client."""
@@ -2416,13 +2405,11 @@ class Master:
             self.balance(pool)
             pool.tell("stop")
         self.kill(self.old_pids, signal.SIGTERM)
-        self.loop.later(STOP_TIME, self.kill_all)
+        self.loop.later(STOP_TIME, lambda: self.kill(self.pids(), signal.SIGKILL))
         self.reap()
 
-    def kill_all(self) -> None:
-        for pool in self.pools:
-            self.kill({child.pid for child in pool.children}, signal.SIGKILL)
-        self.kill(self.old_pids, signal.SIGKILL)
+    def pids(self) -> set[int]:
+        return self.old_pids | {child.pid for pool in self.pools for child in pool.children}
 
     def kill(self, pids: set[int], number: int) -> None:
         for pid in pids:
@@ -2438,6 +2425,7 @@ class Master:
                 self.loop.unwatch(sock.fileno())
                 sock.close()
             pool.listeners = []
+        self.groups = {}
         self.see_empty()
 
     def see_empty(self) -> None:
@@ -2449,19 +2437,15 @@ class Master:
     def reload(self, channel: Channel | None = None) -> None:
         """A new process checks file and code first; checked() goes on."""
         if not self.check and not self.stopping:
-            output = tempfile.TemporaryFile()
             command = [sys.executable, *sys.orig_argv[1:], "--check"]
-            process = subprocess.Popen(command, stdout=output, stderr=output)
-            self.check = process, output, channel
+            pipe = subprocess.PIPE
+            self.check = subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT), channel
         elif channel:
             channel.close()
 
-    def checked(self) -> None:
-        assert self.check
-        process, output, channel = self.check
+    def checked(self, process: subprocess.Popen[bytes], channel: Channel | None) -> None:
         self.check = None
-        output.seek(0)
-        text = output.read(4000).decode("utf-8", "replace").strip()
+        text = process.communicate()[0][:4000].decode("utf-8", "replace").strip()
         word = f"refused: {text}" if process.returncode else "reloading"
         if channel:
             with contextlib.suppress(OSError):
@@ -2474,19 +2458,12 @@ class Master:
     def exec(self) -> NoReturn:
         """Become the new code and the new settings: same pid, same ports, same children."""
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        listeners = {}
-        for pool in self.pools:
-            names = self.config.listeners[pool.role.name].items()
-            for (name, section), group in zip(names, pool.listeners):
-                key = f"{pool.role.name}/{name} {section.address} {section.port} {len(group)}"
-                listeners[key] = [sock.fileno() for sock in group]
+        listeners = {key: [sock.fileno() for sock in group] for key, group in self.groups.items()}
         for fd in (self.lock, *itertools.chain(*listeners.values())):
             os.set_inheritable(fd, True)
-        pids = [child.pid for pool in self.pools for child in pool.children]
-        inherited = {"lock": self.lock, "generation": self.generation, "listeners": listeners}
-        inherited["pids"] = [*self.old_pids, *pids]
+        inherited = json.dumps([self.lock, self.generation, [*self.pids()], listeners])
         sys.stdout.flush()
-        environment = os.environ | {INHERIT: json.dumps(inherited)}
+        environment = os.environ | {INHERIT: inherited}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
@@ -2507,15 +2484,10 @@ def persist(attempt: Callable[[], Any], what: str) -> Any:
 
 
 def bind(address: str, port: int, reuse_port: bool) -> socket.socket:
-    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    create = partial(socket.create_server, family=family, backlog=4096, reuse_port=reuse_port)
+    sock: socket.socket = persist(lambda: create((address, port)), f"{address}:{port}")
     sock.setblocking(False)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if sock.family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    if reuse_port:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    persist(lambda: sock.bind((address, port)), f"{address}:{port}")
-    sock.listen(4096)
     return sock
 
 
