@@ -77,7 +77,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import string
 import struct
 import subprocess
 import sys
@@ -2059,7 +2058,6 @@ class Keeper(Service):
 # ------------------------------------------------------------------------------------------------
 
 BIND_TIME = 5.0  # seconds in which a predecessor may give up its port or its lock
-START_TIME = 30.0  # seconds until the first report of a new process
 STOP_TIME = 5.0  # seconds for the farewells of a stop
 THROTTLE = 2.0, 60.0  # seconds: the first delay and the longest
 INHERIT = "HIBERNATE_INHERIT"  # environment: what one generation leaves to the next
@@ -2226,11 +2224,8 @@ class Master:
         else:
             if not pool.full_since:
                 pool.full_since = time.monotonic()
-                log.warning(
-                    "service %s: process_limit (%d) and client_limit (%d) are reached, "
-                    "connections wait", pool.role.name, pool.settings.process_limit,
-                    pool.settings.client_limit,
-                )  # fmt: skip
+                text = "service %s: all are full, process_limit (%d) is reached: connections wait"
+                log.warning(text, pool.role.name, pool.settings.process_limit)
             pool.tell(f"full {time.monotonic() - pool.full_since:.0f}")
             self.rest(pool, 1.0)
         self.balance(pool)
@@ -2282,7 +2277,6 @@ class Master:
         child.pid = child.process.pid
         pool.children.append(child)
         child.channel = Channel(self.loop, ours, partial(self.heard, pool, child))
-        self.loop.later(START_TIME, lambda: self.see_started(pool, child))
 
     def child_main(
         self, pool: Pool, child: Child, ours: socket.socket, theirs: socket.socket
@@ -2304,11 +2298,6 @@ class Master:
                     sock.close()
         kind = Keeper if pool.role.wakes else Service
         kind(self, pool, child.slot, child.generation).run(theirs)
-
-    def see_started(self, pool: Pool, child: Child) -> None:
-        if child in pool.children and not child.reported:
-            log.error("service %s: process %d does not report", pool.role.name, child.pid)
-            os.kill(child.pid, signal.SIGKILL)
 
     def heard(self, pool: Pool, child: Child, message: bytes, fds: list[int]) -> None:
         close_all(fds)
@@ -2388,9 +2377,7 @@ class Master:
         else:
             for pool in self.pools if name in ("who", "status", "kick") else ():
                 if name == "status":
-                    row = {"service": pool.role.name, "processes": len(pool.children)}
-                    row |= {"process_limit": pool.settings.process_limit, "delay": pool.delay}
-                    row |= {"client_limit": pool.settings.client_limit}
+                    row = {"service": pool.role.name, "delay": pool.delay}
                     channel.send(compact(row).encode() + b"\n")
                 pool.tell(line, channel.sock.fileno())
             channel.close()
@@ -2402,7 +2389,7 @@ class Master:
         self.stopping = True
         log.info("stopping")
         for pool in self.pools:
-            self.balance(pool)
+            self.balance(pool)  # which no longer listens
             pool.tell("stop")
         self.kill(self.old_pids, signal.SIGTERM)
         self.loop.later(STOP_TIME, lambda: self.kill(self.pids(), signal.SIGKILL))
@@ -5007,27 +4994,16 @@ class ImapSession(CommandSession):
 # or does its work by itself. Standard output carries only what other programs may read.
 # ------------------------------------------------------------------------------------------------
 
-USAGE = """\
-usage: hibernate.py [-c FILE] [COMMAND]
-
-Without a command: serve in the foreground.
-
-commands:
-  status            processes, sessions, room, refusals and wakes   [--json]
-  who               one line a session: user, where, since when     [--json]
-  kick USER         end all sessions of a user
-  reload            check the file, then go on with new code and settings
-  stop              end all sessions and the server
-  deliver USER      put the message on standard input into the user's INBOX
-  passwd [SCHEME]   read a password, print a line for the passwd-file (SSHA512, PBKDF2, PLAIN)
-
-options:
-  -c FILE           configuration; default: hibernate.conf, or none if that does not exist
-  -n                print the settings that differ from their defaults
-  --check           read the configuration, print what is wrong with it, start nothing
-  --json            for status and who: one JSON object a line
-  --help, --version
-"""
+COMMANDS = {
+    "run": ("", "serve in the foreground; the default"),
+    "status": ("", "processes, sessions, room, refusals and wakes"),
+    "who": ("", "one line a session: user, where, since when"),
+    "kick": ("USER", "end all sessions of a user"),
+    "reload": ("", "check the file, then go on with new code and settings"),
+    "stop": ("", "end all sessions and the server"),
+    "deliver": ("USER", "put the message on standard input into the user's INBOX"),
+    "passwd": ("[SCHEME]", "read a password, print a passwd-file entry (SSHA512, PBKDF2, PLAIN)"),
+}
 
 PROGRAM = Program(
     "hibernate",
@@ -5050,179 +5026,6 @@ PROGRAM = Program(
     prefix="imap_",
 )  # fmt: skip
 
-
-def home_of(config: Config, user: str) -> str:
-    """Where mail_location puts the user's Maildir; ValueError for a name that could leave it."""
-    if not re.fullmatch(r"[\w@+=-][\w.@+=-]{0,127}", user, re.ASCII) or ".." in user:
-        raise ValueError(f"{user!r} is not a user name")
-    name, _, domain = user.partition("@")
-    values = {"u": user, "n": name, "d": domain, "%": "%"}
-    path = re.sub("%(.)", lambda m: values.get(m[1], m[0]), config.mail_location)
-    return os.path.normpath(os.path.join(config.folder, path.removeprefix("maildir:")))
-
-
-class Usage(Exception):
-    """Exit 64 (EX_USAGE)."""
-
-
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("-c", dest="file")
-    parser.add_argument("-n", dest="dump", action="store_true")
-    for flag in ("--check", "--json", "--help", "--version"):
-        parser.add_argument(flag, action="store_true")
-    parser.add_argument("--title-room")  # see pad_arguments()
-    parser.add_argument("command", nargs="?", default="run")
-    parser.add_argument("operand", nargs="?", default="")
-    try:
-        options, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise Usage(str(error)) from None
-    if rest:
-        raise Usage(f"unexpected {rest[0]!r}")
-    takes = {"kick": True, "deliver": True, "passwd": None}.get(options.command, False)
-    if options.command not in (
-        "run", "status", "who", "kick", "reload", "stop", "deliver", "passwd",
-    ):  # fmt: skip
-        raise Usage(f"unknown command {options.command!r}")
-    if takes is not None and takes != bool(options.operand):
-        raise Usage(f"{options.command} {'needs a USER' if takes else 'takes no operand'}")
-    return options
-
-
-def main(arguments: list[str]) -> int:
-    """The command line; returns the exit status of sysexits(3)."""
-    try:
-        options = parse_arguments(arguments)
-        if options.help:
-            print(USAGE, end="")
-        elif options.version:
-            print(f"hibernate.py {__version__}")
-        elif options.command == "passwd":
-            return make_password(options.operand or "SSHA512")
-        else:
-            return with_config(options, load_config(options.file))
-        return 0
-    except Usage as error:
-        print(f"hibernate.py: {error}\n\n{USAGE}", end="", file=sys.stderr)
-        return 64
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 78
-    except PermissionError as error:
-        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
-        return 77
-    except (Unavailable, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 69
-
-
-def load_config(file: str | None) -> Config:
-    if file is None and os.path.exists("hibernate.conf"):
-        file = "hibernate.conf"
-    try:
-        config = Config(PROGRAM, file or "")
-        if not config.mail_location.startswith("maildir:"):
-            config.fail(config.lines["mail_location"], "mail_location: only maildir:PATH is known")
-        return config
-    except OSError as error:
-        raise ConfigError(f"{file}:0: {error.strerror}") from None
-
-
-def with_config(options: argparse.Namespace, config: Config) -> int:
-    if options.dump:
-        print(f"# {__version__}: {config.path or 'no configuration'}")
-        for line in dump(config):
-            print(line)
-        return 0
-    if options.check:
-        return 0
-    if options.command == "deliver":
-        return deliver_message(config, options.operand)
-    if options.command == "run":
-        return serve(config)
-    return control(config, options)
-
-
-def dump(config: Config) -> Iterator[str]:
-    """What differs from the defaults, as the parser reads it."""
-
-    def changed(section: Section, indent: str) -> list[str]:
-        rows = ((key, section.rows[key], text) for key, text in section.texts.items())
-        return [
-            f"{indent}{key} = {written(text)}"
-            for key, row, text in rows if read(row.kind, text) != read(row.kind, row.default)
-        ]  # fmt: skip
-
-    yield from changed(config, "")
-    for name, service in config.services.items():
-        lines = changed(service, "  ")
-        for listener, section in config.listeners[name].items():
-            if inner := changed(section, "    "):
-                lines += [f"  inet_listener {listener} {{", *inner, "  }"]
-        if lines:
-            yield from (f"service {name} {{", *lines, "}")
-
-
-def written(text: str) -> str:
-    if text and not re.search(r"""[#"'\\]|^\s|\s$""", text):
-        return text
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def serve(config: Config) -> int:
-    pad_arguments()
-    os.umask(0o077)
-    open_log(config.log_path)
-    first = INHERIT not in os.environ
-    lines = [] if config.path or not first else make_demo(config)
-    if not config.path:
-        config.values["passwd_file"] = config.inbox("demo-users")
-
-    def ready(master: Master) -> None:
-        for pool in master.pools:
-            names = config.listeners[pool.role.name]
-            for name, group in zip(names, pool.listeners):
-                host, port = group[0].getsockname()[:2]
-                host = f"[{host}]" if ":" in host else host
-                print(f"listening {name} {host}:{port}")
-        print(*lines, "ready", sep="\n", flush=True)
-
-    Master(config, ready if first else None).run()
-    return 0
-
-
-def open_log(path: str) -> None:
-    handler = WatchedFileHandler(path) if path else logging.StreamHandler()
-    layout = "%(asctime)s %(processName)s[%(process)d] %(levelname)s %(message)s"
-    handler.setFormatter(logging.Formatter(layout))
-    multiprocessing.current_process().name = "master"
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-
-
-def pad_arguments() -> None:
-    """Titles are written over the arguments: with too little room, start once more with some."""
-    room = sum(len(word) + 1 for word in sys.orig_argv)
-    if room < 80 and os.path.exists("/proc/self/stat"):
-        padding = "--title-room=" + "." * 80
-        os.execv(sys.executable, [*sys.orig_argv, padding])
-
-
-def make_demo(config: Config) -> list[str]:
-    """Without a configuration: a user with a password made up now, and a message to read."""
-    password = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(16))
-    os.makedirs(config.base_dir, 0o700, exist_ok=True)
-    with open(config.inbox("demo-users"), "w", encoding="ascii") as file:
-        file.write(f"demo:{encode_password('SSHA512', password)}\n")
-    home = home_of(config, "demo")
-    if not os.path.exists(home):
-        text = WELCOME.format(date=email.utils.formatdate(localtime=True))
-        deliver(home, io.BytesIO(text.replace("\n", "\r\n").encode()))
-    return ["user: demo", f"password: {password}"]
-
-
 WELCOME = """\
 From: hibernate.py <hibernate@localhost>
 To: demo <demo@localhost>
@@ -5235,12 +5038,164 @@ deliver a message to this Maildir, or send DONE, and it wakes.
 """
 
 
+def home_of(config: Config, user: str) -> str:
+    """Where mail_location puts the user's Maildir; ValueError for a name that could leave it."""
+    if not re.fullmatch(r"[\w@+=-][\w.@+=-]{0,127}", user, re.ASCII) or ".." in user:
+        raise ValueError(f"{user!r} is not a user name")
+    name, _, domain = user.partition("@")
+    values = {"u": user, "n": name, "d": domain, "%": "%"}
+    path = re.sub("%(.)", lambda m: values.get(m[1], m[0]), config.mail_location)
+    return os.path.normpath(os.path.join(config.folder, path.removeprefix("maildir:")))
+
+
+def complain(status: int, reason: object) -> int:
+    print(reason, file=sys.stderr)
+    return status
+
+
+class Arguments(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        sys.exit(complain(64, f"{self.prog}: {message}\n{self.format_usage()}".rstrip()))
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    rows = [f"  {name} {operand}".ljust(22) + text for name, (operand, text) in COMMANDS.items()]
+    parser = Arguments(
+        "hibernate.py", epilog="\n".join(["commands:", *rows]), allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("-c", dest="file", metavar="FILE", help="default: hibernate.conf, or none without it")
+    add("-n", dest="dump", action="store_true", help="print the settings that are not the default")
+    add("--check", action="store_true", help="read the configuration, start nothing")
+    add("--json", action="store_true", help="for status and who: one JSON object a line")
+    add("--version", action="version", version=f"hibernate.py {__version__}")
+    add("--title-room", help=argparse.SUPPRESS)  # see serve()
+    add("command", nargs="?", default="run", choices=COMMANDS, metavar="COMMAND")
+    add("operand", nargs="?", default="")
+    options = parser.parse_args(arguments)
+    operand = COMMANDS[options.command][0]
+    if options.operand and not operand or operand == "USER" and not options.operand:
+        parser.error(f"{options.command} takes {operand or 'no operand'}")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns the exit status of sysexits(3)."""
+    options = parse_arguments(arguments)
+    try:
+        if options.command == "passwd":
+            return make_password(options.operand or "SSHA512")
+        config = load_config(options.file)
+        if options.dump:
+            print(f"# {__version__}: {config.path or 'no configuration'}", *dump(config), sep="\n")
+        elif options.check:
+            pass
+        elif options.command == "run":
+            serve(config)
+        elif options.command == "deliver":
+            return deliver_message(config, options.operand)
+        else:
+            return control(config, options)
+        return 0
+    except ConfigError as error:
+        return complain(78, error)
+    except PermissionError as error:
+        return complain(77, f"{error.filename}: {error.strerror}")
+    except (Unavailable, FileNotFoundError) as error:
+        return complain(69, error)
+
+
+def load_config(file: str | None) -> Config:
+    if file is None and os.path.exists("hibernate.conf"):
+        file = "hibernate.conf"
+    try:
+        config = Config(PROGRAM, file or "")
+    except OSError as error:
+        raise ConfigError(f"{file}:0: {error.strerror}") from None
+    if not config.mail_location.startswith("maildir:"):
+        config.fail(config.lines["mail_location"], "mail_location: only maildir:PATH is known")
+    return config
+
+
+def dump(config: Config) -> list[str]:
+    """What differs from the defaults, as the parser reads it."""
+    lines = changed(config)
+    for name, service in config.services.items():
+        inner = [block(section, []) for section in config.listeners[name].values()]
+        lines += block(service, [*itertools.chain(*inner)])
+    return lines
+
+
+def block(section: Section, inner: list[str]) -> list[str]:
+    lines = [f"  {line}" for line in changed(section) + inner]
+    return [f"{section.name} {{", *lines, "}"] if lines else []
+
+
+def changed(section: Section) -> list[str]:
+    rows = [(section.rows[key], key, text) for key, text in section.texts.items()]
+    return [
+        f"{key} = {written(text)}" for row, key, text in rows
+        if read(row.kind, text) != read(row.kind, row.default)
+    ]  # fmt: skip
+
+
+def written(text: str) -> str:
+    if re.fullmatch(r"[\w./:%@+=-]+( \w+)*", text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def serve(config: Config) -> None:
+    # Titles are written over the arguments: with too little room, start once more with some.
+    if len(" ".join(sys.orig_argv)) < 80 and os.path.exists("/proc/self/stat"):
+        os.execv(sys.executable, [*sys.orig_argv, "--title-room=" + "." * 80])
+    os.umask(0o077)
+    open_log(config.log_path)
+    first = INHERIT not in os.environ
+    lines = [] if config.path or not first else make_demo(config)
+    if not config.path:
+        config.values["passwd_file"] = config.inbox("demo-users")
+
+    def ready(master: Master) -> None:
+        for pool in master.pools:
+            for name, group in zip(config.listeners[pool.role.name], pool.listeners):
+                host, port = group[0].getsockname()[:2]
+                print(f"listening {name} {f'[{host}]' if ':' in host else host}:{port}")
+        print(*lines, "ready", sep="\n", flush=True)
+
+    Master(config, ready if first else None).run()
+
+
+def open_log(path: str) -> None:
+    handler = WatchedFileHandler(path) if path else logging.StreamHandler()
+    layout = "%(asctime)s %(processName)s[%(process)d] %(levelname)s %(message)s"
+    handler.setFormatter(logging.Formatter(layout))
+    multiprocessing.current_process().name = "master"
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def make_demo(config: Config) -> list[str]:
+    """Without a configuration: a user with a password made up now, and a message to read."""
+    password = secrets.token_hex(12)
+    os.makedirs(config.base_dir, 0o700, exist_ok=True)
+    with open(config.inbox("demo-users"), "w", encoding="ascii") as file:
+        file.write(f"demo:{encode_password('SSHA512', password)}\n")
+    home = home_of(config, "demo")
+    if not os.path.exists(home):
+        text = WELCOME.format(date=email.utils.formatdate(localtime=True))
+        deliver(home, io.BytesIO(text.replace("\n", "\r\n").encode()))
+    return ["user: demo", f"password: {password}"]
+
+
 def make_password(scheme: str) -> int:
     password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
     try:
         print(encode_password(scheme, password))
     except ValueError as error:
-        raise Usage(str(error)) from None
+        return complain(64, error)
     return 0
 
 
@@ -5249,10 +5204,9 @@ def deliver_message(config: Config, user: str) -> int:
     try:
         deliver(home_of(config, user), sys.stdin.buffer)
     except ValueError as error:
-        raise Usage(str(error)) from None
+        return complain(64, error)
     except OSError as error:
-        print(f"deliver: {error}", file=sys.stderr)
-        return 77 if isinstance(error, PermissionError) else 75
+        return complain(77 if isinstance(error, PermissionError) else 75, f"deliver: {error}")
     return 0
 
 
@@ -5263,8 +5217,7 @@ def control(config: Config, options: argparse.Namespace) -> int:
     try:
         sock.connect(config.inbox("master"))
     except (FileNotFoundError, ConnectionRefusedError):
-        print(f"hibernate is not running in {config.base_dir}", file=sys.stderr)
-        return 75
+        return complain(75, f"hibernate is not running in {config.base_dir}")
     sock.send(f"{options.command} {options.operand}".strip().encode())
     text = b""
     with contextlib.suppress(TimeoutError):
@@ -5275,36 +5228,31 @@ def control(config: Config, options: argparse.Namespace) -> int:
         return 78 if text.startswith(b"refused") else 0
     rows = [json.loads(line) for line in text.splitlines()]
     if options.json:
-        for row in rows:
-            print(json.dumps(row))
+        print(*map(json.dumps, rows), sep="\n", end="\n" if rows else "")
     elif options.command == "kick":
         print(f"{sum(row['kicked'] for row in rows)} sessions ended")
     else:
-        for line in aligned([row for row in rows if "user" in row or "clients" in row]):
-            print(line)
+        print_table([row for row in rows if "user" in row or "clients" in row])
         for row in rows:
-            counts = {**row.get("counts", {}), **row.get("refusals", {})}
+            counts = row.get("counts", {}) | row.get("refusals", {})
             if counts:
                 told = ", ".join(f"{count} {what}" for what, count in counts.items())
                 print(f"{row['service']}[{row['pid']}]: {told}")
-            elif row.get("throttled"):
+            elif row.get("delay"):
                 print(f"{row['service']}: throttled, no new process for {row['delay']:.0f} s")
     return 0
 
 
-def aligned(rows: list[dict[str, Any]]) -> list[str]:
-    """A table with a line of names on top."""
+def print_table(rows: list[dict[str, Any]]) -> None:
     names = ("user", "service", "pid", "remote", "since", "session", "clients", "room")
-    if not rows:
-        return []
-    table = [[name for name in names if name in rows[0]]]
+    table = [[name for name in names if name in row] for row in rows[:1]]
     for row in rows:
         if "since" in row:
             row["since"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["since"]))
         table.append([str(row[name]) or "-" for name in table[0]])
     widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ("  ".join(map(str.ljust, cells, widths)) for cells in table)
-    return [line.rstrip() for line in lines]
+    for cells in table:
+        print("  ".join(map(str.ljust, cells, widths)).rstrip())
 
 
 if __name__ == "__main__":
