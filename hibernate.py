@@ -64,7 +64,6 @@ import logging
 import math
 import mmap
 import multiprocessing
-import operator
 import os
 import pwd
 import re
@@ -76,11 +75,9 @@ import shutil
 import signal
 import socket
 import sqlite3
-import string
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
 from array import array
@@ -2090,7 +2087,6 @@ class Keeper(Service):
 # ------------------------------------------------------------------------------------------------
 
 BIND_TIME = 5.0  # seconds in which a predecessor may give up its port or its lock
-START_TIME = 30.0  # seconds until the first report of a new process
 STOP_TIME = 5.0  # seconds for the farewells of a stop
 THROTTLE = 2.0, 60.0  # seconds: the first delay and the longest
 INHERIT = "HIBERNATE_INHERIT"  # environment: what one generation leaves to the next
@@ -2104,11 +2100,11 @@ class Unavailable(Exception):
 class Child:
     """A process as the master knows it."""
 
-    process: Any
-    pid: int  # of its survivor, if it was a keeper
-    generation: int
     slot: int
+    generation: int
     room: int  # until its first report: what it will have
+    process: Any = None
+    pid: int = 0  # of its survivor, if it was a keeper
     channel: Channel | None = None
     clients: int = 0
     reported: bool = False
@@ -2127,12 +2123,11 @@ class Pool:
     role: Role
     settings: Section
     inbox: socket.socket
+    listeners: list[list[socket.socket]]
     children: list[Child] = field(default_factory=list)
-    listeners: list[list[socket.socket]] = field(default_factory=list)
     delay: float = 0.0  # seconds, of the last throttle
-    throttled: Timer | None = None
+    resting: Timer | None = None  # throttled, or all are full: until the master looks again
     full_since: float = 0.0  # 0: not all are full
-    patience: Timer | None = None  # all are full: until the master looks again
     idle_low: int = 0  # fewest idle processes seen in this idle_kill interval
 
     def idle(self) -> list[Child]:
@@ -2150,17 +2145,18 @@ class Master:
         """`ready` is called once, when all listen and every reserve has reported."""
         self.config = config
         self.ready = ready
-        inherited = json.loads(os.environ.pop(INHERIT, "{}"))
-        self.lock: int = inherited.get("lock", -1)
-        self.generation: int = inherited.get("generation", 0)
-        self.old_pids: set[int] = set(inherited.get("pids", []))
-        self.inherited: dict[str, list[int]] = inherited.get("listeners", {})
+        inherited = json.loads(os.environ.pop(INHERIT, "[-1, 0, [], {}]"))
+        self.lock: int = inherited[0]
+        self.generation: int = inherited[1]
+        self.old_pids: set[int] = set(inherited[2])
+        self.inherited: dict[str, list[int]] = inherited[3]
+        self.groups: dict[str, list[socket.socket]] = {}  # what the next generation inherits
         self.loop = Loop()
         self.pools: list[Pool] = []
         users = {service.user for service in config.services.values()} - {""}
         self.peers = {os.getuid(), *(pwd.getpwnam(user).pw_uid for user in users)}
         self.stopping = False
-        self.check: tuple[subprocess.Popen[bytes], Any, Channel | None] | None = None
+        self.check: tuple[subprocess.Popen[bytes], Channel | None] | None = None
         self.context = multiprocessing.get_context("fork")
 
     # From start to ready
@@ -2171,9 +2167,8 @@ class Master:
         groups = {name: self.open_listeners(name) for name in names}  # all of them before a fork
         close_all(itertools.chain(*self.inherited.values()))  # gone from the configuration
         for role in self.config.program.roles:
-            pool = Pool(role, self.config.services[role.name], self.open_inbox(role.name))
-            pool.listeners = groups[role.name]
-            self.pools.append(pool)
+            settings, inbox = self.config.services[role.name], self.open_inbox(role.name)
+            self.pools.append(Pool(role, settings, inbox, groups[role.name]))
         self.control = self.open_inbox("master")
         self.loop.watch(self.control.fileno(), READ, self.accept_control)
         gc.collect()
@@ -2217,6 +2212,7 @@ class Master:
             while len(group) < count:
                 port = group[0].getsockname()[1] if group else listener.port
                 group.append(bind(listener.address, port, listener.reuse_port))
+            self.groups[key] = group
             groups.append(group)
         return groups
 
@@ -2225,8 +2221,7 @@ class Master:
         path = self.config.inbox(service)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path + ".new")
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        sock.setblocking(False)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         sock.bind(path + ".new")
         sock.listen(1024)
         os.chmod(path + ".new", 0o666 if len(self.peers) > 1 and service != "master" else 0o600)
@@ -2237,18 +2232,17 @@ class Master:
 
     def balance(self, pool: Pool) -> None:
         """Fork what the reserve asks for; listen exactly while no process has room."""
-        able = not self.stopping and not pool.throttled
         missing = pool.settings.process_min_avail - sum(c.room > 0 for c in pool.children)
         free = pool.settings.process_limit - len(pool.children)
-        for _ in range(min(missing, free) if able else 0):
-            self.spawn(pool)
+        for _ in range(min(missing, free)):
+            if not self.stopping and not pool.resting:
+                self.spawn(pool)
         full = not any(child.room > 0 for child in pool.children)
-        listens = full and not self.stopping and not pool.throttled and not pool.patience
+        listens = full and not self.stopping and not pool.resting
         pool.full_since = pool.full_since if full else 0.0
         shared = [group[0] for group in pool.listeners if len(group) == 1]
         for sock in (pool.inbox, *shared):
-            if sock.fileno() >= 0:
-                self.loop.watch(sock.fileno(), READ * listens, lambda *_: self.called(pool))
+            self.loop.watch(sock.fileno(), READ * listens, lambda *_: self.called(pool))
         pool.idle_low = min(pool.idle_low, len(pool.idle()))
         self.cover(pool)
 
@@ -2259,18 +2253,28 @@ class Master:
         else:
             if not pool.full_since:
                 pool.full_since = time.monotonic()
-                log.warning(
-                    "service %s: process_limit (%d) and client_limit (%d) are reached, "
-                    "connections wait", pool.role.name, pool.settings.process_limit,
-                    pool.settings.client_limit,
-                )  # fmt: skip
+                text = "service %s: all are full, process_limit (%d) is reached: connections wait"
+                log.warning(text, pool.role.name, pool.settings.process_limit)
             pool.tell(f"full {time.monotonic() - pool.full_since:.0f}")
-            pool.patience = self.loop.later(1.0, lambda: self.look_again(pool))
+            self.rest(pool, 1.0)
         self.balance(pool)
 
-    def look_again(self, pool: Pool) -> None:
-        pool.patience = None
-        self.balance(pool)
+    def rest(self, pool: Pool, seconds: float) -> None:
+        """Neither fork nor listen for it until then."""
+
+        def over() -> None:
+            pool.resting = None
+            self.balance(pool)
+
+        if pool.resting:
+            pool.resting.cancel()
+        pool.resting = self.loop.later(seconds, over)
+
+    def throttle(self, pool: Pool) -> None:
+        """A process has died before it reported: no new one for a while."""
+        pool.delay = min(max(pool.delay * 2, THROTTLE[0]), THROTTLE[1])
+        log.error("service %s: no new process for %d s", pool.role.name, pool.delay)
+        self.rest(pool, pool.delay)
 
     def cover(self, pool: Pool) -> None:
         """A SO_REUSEPORT socket whose process is full or missing would keep its share of new
@@ -2284,15 +2288,14 @@ class Master:
                 child.tell(words)
 
     def spawn(self, pool: Pool) -> None:
-        used = {child.slot for child in pool.children}
-        slot = next(n for n in itertools.count() if n not in used)
+        slot = min({*range(len(pool.children) + 1)} - {child.slot for child in pool.children})
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.generation += 1
-        process = self.context.Process(
-            target=self.child_main, args=(pool, slot, ours, theirs), name=pool.role.name
-        )
+        child = Child(slot, self.generation, pool.settings.client_limit)
+        main = partial(self.child_main, pool, child, ours, theirs)
+        child.process = self.context.Process(target=main, name=pool.role.name)
         try:
-            process.start()
+            child.process.start()
         except OSError as error:
             log.error("service %s: fork: %s", pool.role.name, error.strerror)
             ours.close()
@@ -2300,20 +2303,13 @@ class Master:
             return
         finally:
             theirs.close()
-        child = Child(process, process.pid, self.generation, slot, pool.settings.client_limit)
+        child.pid = child.process.pid
         pool.children.append(child)
+        child.channel = Channel(self.loop, ours, partial(self.heard, pool, child))
 
-        def heard(message: bytes, fds: list[int]) -> None:
-            close_all(fds)
-            if message:
-                self.reported(pool, child, message)
-            else:
-                self.bury(pool, child)
-
-        child.channel = Channel(self.loop, ours, heard)
-        self.loop.later(START_TIME, lambda: self.see_started(pool, child))
-
-    def child_main(self, pool: Pool, slot: int, ours: socket.socket, theirs: socket.socket) -> None:
+    def child_main(
+        self, pool: Pool, child: Child, ours: socket.socket, theirs: socket.socket
+    ) -> None:
         """The new process: put in order what the fork has copied, then be a service."""
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_IGN)  # a Ctrl-C reaches the whole process group
@@ -2323,36 +2319,37 @@ class Master:
         self.control.close()
         os.close(self.lock)
         for other in self.pools:
-            for child in other.children:
-                if child.channel:
-                    child.channel.sock.close()
+            for sibling in other.children:
+                if sibling.channel:
+                    sibling.channel.sock.close()
             if other is not pool:
                 for sock in (other.inbox, *itertools.chain(*other.listeners)):
                     sock.close()
         kind = Keeper if pool.role.wakes else Service
-        kind(self, pool, slot, self.generation).run(theirs)
+        kind(self, pool, child.slot, child.generation).run(theirs)
 
-    def see_started(self, pool: Pool, child: Child) -> None:
-        if child in pool.children and not child.reported:
-            log.error("service %s: process %d does not report", pool.role.name, child.process.pid)
-            os.kill(child.process.pid, signal.SIGKILL)
-
-    def reported(self, pool: Pool, child: Child, message: bytes) -> None:
+    def heard(self, pool: Pool, child: Child, message: bytes, fds: list[int]) -> None:
+        close_all(fds)
+        if not message:
+            self.bury(pool, child)
+            return
         generation, room, clients, pid = checked(message.decode(), (int, int, int, int))
-        if generation == child.generation:
-            pool.delay = 0.0
-            if pid != child.pid:  # a keeper's survivor: it knows nothing of earlier words
-                child.pid = pid
-                self.old_pids.add(pid)
-                if self.stopping:
-                    child.tell("stop")
-            child.reported, child.room, child.clients = True, room, clients
-            self.balance(pool)
-            counts = [sum(child.reported for child in pool.children) for pool in self.pools]
-            wanted = [pool.settings.process_min_avail for pool in self.pools]
-            if self.ready and all(map(operator.ge, counts, wanted)):
-                self.ready(self)
-                self.ready = None
+        if generation != child.generation:
+            return
+        pool.delay = 0.0
+        if pid != child.pid:  # a keeper's survivor: it knows nothing of earlier words
+            child.pid = pid
+            self.old_pids.add(pid)
+            if self.stopping:
+                child.tell("stop")
+        child.reported, child.room, child.clients = True, room, clients
+        self.balance(pool)
+        if self.ready and all(
+            sum(child.reported for child in pool.children) >= pool.settings.process_min_avail
+            for pool in self.pools
+        ):
+            self.ready(self)
+            self.ready = None
 
     def reap(self) -> None:
         multiprocessing.active_children()  # reaps those that have ended
@@ -2362,9 +2359,9 @@ class Master:
                     continue
             self.old_pids.discard(pid)
         if self.check and self.check[0].poll() is not None:
-            self.checked()
+            self.checked(*self.check)
         if self.stopping and not self.old_pids and not any(pool.children for pool in self.pools):
-            for name in (*(pool.role.name for pool in self.pools), "master"):
+            for name in (*self.config.services, "master"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.config.inbox(name))
             self.loop.running = False
@@ -2380,19 +2377,6 @@ class Master:
             self.throttle(pool)
         self.balance(pool)
         self.reap()
-
-    def throttle(self, pool: Pool) -> None:
-        """A process has died before it reported: no new one for a while."""
-        pool.delay = min(max(pool.delay * 2, THROTTLE[0]), THROTTLE[1])
-        log.error("service %s: no new process for %d s", pool.role.name, pool.delay)
-        if pool.throttled:
-            pool.throttled.cancel()
-
-        def over() -> None:
-            pool.throttled = None
-            self.balance(pool)
-
-        pool.throttled = self.loop.later(pool.delay, over)
 
     def end_idle(self, pool: Pool) -> None:
         """Every idle_kill seconds: as many as were idle all the time, above the reserve, end."""
@@ -2419,21 +2403,13 @@ class Master:
             self.stop()  # the channel's end will tell that it is done
         elif name == "reload":
             self.reload(channel)
-        elif name in ("who", "status", "kick"):
-            for pool in self.pools:
+        else:
+            for pool in self.pools if name in ("who", "status", "kick") else ():
                 if name == "status":
-                    channel.send(compact(self.row(pool)).encode() + b"\n")
+                    row = {"service": pool.role.name, "delay": pool.delay}
+                    channel.send(compact(row).encode() + b"\n")
                 pool.tell(line, channel.sock.fileno())
             channel.close()
-        else:
-            channel.close()
-
-    def row(self, pool: Pool) -> dict[str, Any]:
-        return {
-            "service": pool.role.name, "processes": len(pool.children), "delay": pool.delay,
-            "process_limit": pool.settings.process_limit, "throttled": bool(pool.throttled),
-            "client_limit": pool.settings.client_limit,
-        }  # fmt: skip
 
     def stop(self) -> None:
         """Now, with a farewell to every client."""
@@ -2442,16 +2418,14 @@ class Master:
         self.stopping = True
         log.info("stopping")
         for pool in self.pools:
-            self.balance(pool)
+            self.balance(pool)  # which no longer listens
             pool.tell("stop")
         self.kill(self.old_pids, signal.SIGTERM)
-        self.loop.later(STOP_TIME, self.kill_all)
+        self.loop.later(STOP_TIME, lambda: self.kill(self.pids(), signal.SIGKILL))
         self.reap()
 
-    def kill_all(self) -> None:
-        for pool in self.pools:
-            self.kill({child.pid for child in pool.children}, signal.SIGKILL)
-        self.kill(self.old_pids, signal.SIGKILL)
+    def pids(self) -> set[int]:
+        return self.old_pids | {child.pid for pool in self.pools for child in pool.children}
 
     def kill(self, pids: set[int], number: int) -> None:
         for pid in pids:
@@ -2467,6 +2441,7 @@ class Master:
                 self.loop.unwatch(sock.fileno())
                 sock.close()
             pool.listeners = []
+        self.groups = {}
         self.see_empty(0)
 
     def see_empty(self, times: int) -> None:
@@ -2481,19 +2456,15 @@ class Master:
     def reload(self, channel: Channel | None = None) -> None:
         """A new process checks file and code first; checked() goes on."""
         if not self.check and not self.stopping:
-            output = tempfile.TemporaryFile()
             command = [sys.executable, *sys.orig_argv[1:], "--check"]
-            process = subprocess.Popen(command, stdout=output, stderr=output)
-            self.check = process, output, channel
+            pipe = subprocess.PIPE
+            self.check = subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT), channel
         elif channel:
             channel.close()
 
-    def checked(self) -> None:
-        assert self.check
-        process, output, channel = self.check
+    def checked(self, process: subprocess.Popen[bytes], channel: Channel | None) -> None:
         self.check = None
-        output.seek(0)
-        text = output.read(4000).decode("utf-8", "replace").strip()
+        text = process.communicate()[0][:4000].decode("utf-8", "replace").strip()
         word = f"refused: {text}" if process.returncode else "reloading"
         if channel:
             with contextlib.suppress(OSError):
@@ -2506,19 +2477,12 @@ class Master:
     def exec(self) -> NoReturn:
         """Become the new code and the new settings: same pid, same ports, same children."""
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        listeners = {}
-        for pool in self.pools:
-            names = self.config.listeners[pool.role.name].items()
-            for (name, section), group in zip(names, pool.listeners):
-                key = f"{pool.role.name}/{name} {section.address} {section.port} {len(group)}"
-                listeners[key] = [sock.fileno() for sock in group]
+        listeners = {key: [sock.fileno() for sock in group] for key, group in self.groups.items()}
         for fd in (self.lock, *itertools.chain(*listeners.values())):
             os.set_inheritable(fd, True)
-        pids = [child.pid for pool in self.pools for child in pool.children]
-        inherited = {"lock": self.lock, "generation": self.generation, "listeners": listeners}
-        inherited["pids"] = [*self.old_pids, *pids]
+        inherited = json.dumps([self.lock, self.generation, [*self.pids()], listeners])
         sys.stdout.flush()
-        environment = os.environ | {INHERIT: json.dumps(inherited)}
+        environment = os.environ | {INHERIT: inherited}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
@@ -2539,15 +2503,10 @@ def persist(attempt: Callable[[], Any], what: str) -> Any:
 
 
 def bind(address: str, port: int, reuse_port: bool) -> socket.socket:
-    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    create = partial(socket.create_server, family=family, backlog=4096, reuse_port=reuse_port)
+    sock: socket.socket = persist(lambda: create((address, port)), f"{address}:{port}")
     sock.setblocking(False)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if sock.family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    if reuse_port:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    persist(lambda: sock.bind((address, port)), f"{address}:{port}")
-    sock.listen(4096)
     return sock
 
 
@@ -4930,27 +4889,16 @@ class ImapSession(CommandSession):
 # or does its work by itself. Standard output carries only what other programs may read.
 # ------------------------------------------------------------------------------------------------
 
-USAGE = """\
-usage: hibernate.py [-c FILE] [COMMAND]
-
-Without a command: serve in the foreground.
-
-commands:
-  status            processes, sessions, room, refusals and wakes   [--json]
-  who               one line a session: user, where, since when     [--json]
-  kick USER         end all sessions of a user
-  reload            check the file, then go on with new code and settings
-  stop              end all sessions and the server
-  deliver USER      put the message on standard input into the user's INBOX
-  passwd [SCHEME]   read a password, print a line for the passwd-file (SSHA512, PBKDF2, PLAIN)
-
-options:
-  -c FILE           configuration; default: hibernate.conf, or none if that does not exist
-  -n                print the settings that differ from their defaults
-  --check           read the configuration, print what is wrong with it, start nothing
-  --json            for status and who: one JSON object a line
-  --help, --version
-"""
+COMMANDS = {
+    "run": ("", "serve in the foreground; the default"),
+    "status": ("", "processes, sessions, room, refusals and wakes"),
+    "who": ("", "one line a session: user, where, since when"),
+    "kick": ("USER", "end all sessions of a user"),
+    "reload": ("", "check the file, then go on with new code and settings"),
+    "stop": ("", "end all sessions and the server"),
+    "deliver": ("USER", "put the message on standard input into the user's INBOX"),
+    "passwd": ("[SCHEME]", "read a password, print a passwd-file entry (SSHA512, PBKDF2, PLAIN)"),
+}
 
 PROGRAM = Program(
     "hibernate",
@@ -4973,179 +4921,6 @@ PROGRAM = Program(
     prefix="imap_",
 )  # fmt: skip
 
-
-def home_of(config: Config, user: str) -> str:
-    """Where mail_location puts the user's Maildir; ValueError for a name that could leave it."""
-    if not re.fullmatch(r"[\w@+=-][\w.@+=-]{0,127}", user, re.ASCII) or ".." in user:
-        raise ValueError(f"{user!r} is not a user name")
-    name, _, domain = user.partition("@")
-    values = {"u": user, "n": name, "d": domain, "%": "%"}
-    path = re.sub("%(.)", lambda m: values.get(m[1], m[0]), config.mail_location)
-    return os.path.normpath(os.path.join(config.folder, path.removeprefix("maildir:")))
-
-
-class Usage(Exception):
-    """Exit 64 (EX_USAGE)."""
-
-
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("-c", dest="file")
-    parser.add_argument("-n", dest="dump", action="store_true")
-    for flag in ("--check", "--json", "--help", "--version"):
-        parser.add_argument(flag, action="store_true")
-    parser.add_argument("--title-room")  # see pad_arguments()
-    parser.add_argument("command", nargs="?", default="run")
-    parser.add_argument("operand", nargs="?", default="")
-    try:
-        options, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise Usage(str(error)) from None
-    if rest:
-        raise Usage(f"unexpected {rest[0]!r}")
-    takes = {"kick": True, "deliver": True, "passwd": None}.get(options.command, False)
-    if options.command not in (
-        "run", "status", "who", "kick", "reload", "stop", "deliver", "passwd",
-    ):  # fmt: skip
-        raise Usage(f"unknown command {options.command!r}")
-    if takes is not None and takes != bool(options.operand):
-        raise Usage(f"{options.command} {'needs a USER' if takes else 'takes no operand'}")
-    return options
-
-
-def main(arguments: list[str]) -> int:
-    """The command line; returns the exit status of sysexits(3)."""
-    try:
-        options = parse_arguments(arguments)
-        if options.help:
-            print(USAGE, end="")
-        elif options.version:
-            print(f"hibernate.py {__version__}")
-        elif options.command == "passwd":
-            return make_password(options.operand or "SSHA512")
-        else:
-            return with_config(options, load_config(options.file))
-        return 0
-    except Usage as error:
-        print(f"hibernate.py: {error}\n\n{USAGE}", end="", file=sys.stderr)
-        return 64
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 78
-    except PermissionError as error:
-        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
-        return 77
-    except (Unavailable, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 69
-
-
-def load_config(file: str | None) -> Config:
-    if file is None and os.path.exists("hibernate.conf"):
-        file = "hibernate.conf"
-    try:
-        config = Config(PROGRAM, file or "")
-        if not config.mail_location.startswith("maildir:"):
-            config.fail(config.lines["mail_location"], "mail_location: only maildir:PATH is known")
-        return config
-    except OSError as error:
-        raise ConfigError(f"{file}:0: {error.strerror}") from None
-
-
-def with_config(options: argparse.Namespace, config: Config) -> int:
-    if options.dump:
-        print(f"# {__version__}: {config.path or 'no configuration'}")
-        for line in dump(config):
-            print(line)
-        return 0
-    if options.check:
-        return 0
-    if options.command == "deliver":
-        return deliver_message(config, options.operand)
-    if options.command == "run":
-        return serve(config)
-    return control(config, options)
-
-
-def dump(config: Config) -> Iterator[str]:
-    """What differs from the defaults, as the parser reads it."""
-
-    def changed(section: Section, indent: str) -> list[str]:
-        rows = ((key, section.rows[key], text) for key, text in section.texts.items())
-        return [
-            f"{indent}{key} = {written(text)}"
-            for key, row, text in rows if read(row.kind, text) != read(row.kind, row.default)
-        ]  # fmt: skip
-
-    yield from changed(config, "")
-    for name, service in config.services.items():
-        lines = changed(service, "  ")
-        for listener, section in config.listeners[name].items():
-            if inner := changed(section, "    "):
-                lines += [f"  inet_listener {listener} {{", *inner, "  }"]
-        if lines:
-            yield from (f"service {name} {{", *lines, "}")
-
-
-def written(text: str) -> str:
-    if text and not re.search(r"""[#"'\\]|^\s|\s$""", text):
-        return text
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def serve(config: Config) -> int:
-    pad_arguments()
-    os.umask(0o077)
-    open_log(config.log_path)
-    first = INHERIT not in os.environ
-    lines = [] if config.path or not first else make_demo(config)
-    if not config.path:
-        config.values["passwd_file"] = config.inbox("demo-users")
-
-    def ready(master: Master) -> None:
-        for pool in master.pools:
-            names = config.listeners[pool.role.name]
-            for name, group in zip(names, pool.listeners):
-                host, port = group[0].getsockname()[:2]
-                host = f"[{host}]" if ":" in host else host
-                print(f"listening {name} {host}:{port}")
-        print(*lines, "ready", sep="\n", flush=True)
-
-    Master(config, ready if first else None).run()
-    return 0
-
-
-def open_log(path: str) -> None:
-    handler = WatchedFileHandler(path) if path else logging.StreamHandler()
-    layout = "%(asctime)s %(processName)s[%(process)d] %(levelname)s %(message)s"
-    handler.setFormatter(logging.Formatter(layout))
-    multiprocessing.current_process().name = "master"
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-
-
-def pad_arguments() -> None:
-    """Titles are written over the arguments: with too little room, start once more with some."""
-    room = sum(len(word) + 1 for word in sys.orig_argv)
-    if room < 80 and os.path.exists("/proc/self/stat"):
-        padding = "--title-room=" + "." * 80
-        os.execv(sys.executable, [*sys.orig_argv, padding])
-
-
-def make_demo(config: Config) -> list[str]:
-    """Without a configuration: a user with a password made up now, and a message to read."""
-    password = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(16))
-    os.makedirs(config.base_dir, 0o700, exist_ok=True)
-    with open(config.inbox("demo-users"), "w", encoding="ascii") as file:
-        file.write(f"demo:{encode_password('SSHA512', password)}\n")
-    home = home_of(config, "demo")
-    if not os.path.exists(home):
-        text = WELCOME.format(date=email.utils.formatdate(localtime=True))
-        deliver(home, io.BytesIO(text.replace("\n", "\r\n").encode()))
-    return ["user: demo", f"password: {password}"]
-
-
 WELCOME = """\
 From: hibernate.py <hibernate@localhost>
 To: demo <demo@localhost>
@@ -5158,12 +4933,164 @@ deliver a message to this Maildir, or send DONE, and it wakes.
 """
 
 
+def home_of(config: Config, user: str) -> str:
+    """Where mail_location puts the user's Maildir; ValueError for a name that could leave it."""
+    if not re.fullmatch(r"[\w@+=-][\w.@+=-]{0,127}", user, re.ASCII) or ".." in user:
+        raise ValueError(f"{user!r} is not a user name")
+    name, _, domain = user.partition("@")
+    values = {"u": user, "n": name, "d": domain, "%": "%"}
+    path = re.sub("%(.)", lambda m: values.get(m[1], m[0]), config.mail_location)
+    return os.path.normpath(os.path.join(config.folder, path.removeprefix("maildir:")))
+
+
+def complain(status: int, reason: object) -> int:
+    print(reason, file=sys.stderr)
+    return status
+
+
+class Arguments(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        sys.exit(complain(64, f"{self.prog}: {message}\n{self.format_usage()}".rstrip()))
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    rows = [f"  {name} {operand}".ljust(22) + text for name, (operand, text) in COMMANDS.items()]
+    parser = Arguments(
+        "hibernate.py", epilog="\n".join(["commands:", *rows]), allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("-c", dest="file", metavar="FILE", help="default: hibernate.conf, or none without it")
+    add("-n", dest="dump", action="store_true", help="print the settings that are not the default")
+    add("--check", action="store_true", help="read the configuration, start nothing")
+    add("--json", action="store_true", help="for status and who: one JSON object a line")
+    add("--version", action="version", version=f"hibernate.py {__version__}")
+    add("--title-room", help=argparse.SUPPRESS)  # see serve()
+    add("command", nargs="?", default="run", choices=COMMANDS, metavar="COMMAND")
+    add("operand", nargs="?", default="")
+    options = parser.parse_args(arguments)
+    operand = COMMANDS[options.command][0]
+    if options.operand and not operand or operand == "USER" and not options.operand:
+        parser.error(f"{options.command} takes {operand or 'no operand'}")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns the exit status of sysexits(3)."""
+    options = parse_arguments(arguments)
+    try:
+        if options.command == "passwd":
+            return make_password(options.operand or "SSHA512")
+        config = load_config(options.file)
+        if options.dump:
+            print(f"# {__version__}: {config.path or 'no configuration'}", *dump(config), sep="\n")
+        elif options.check:
+            pass
+        elif options.command == "run":
+            serve(config)
+        elif options.command == "deliver":
+            return deliver_message(config, options.operand)
+        else:
+            return control(config, options)
+        return 0
+    except ConfigError as error:
+        return complain(78, error)
+    except PermissionError as error:
+        return complain(77, f"{error.filename}: {error.strerror}")
+    except (Unavailable, FileNotFoundError) as error:
+        return complain(69, error)
+
+
+def load_config(file: str | None) -> Config:
+    if file is None and os.path.exists("hibernate.conf"):
+        file = "hibernate.conf"
+    try:
+        config = Config(PROGRAM, file or "")
+    except OSError as error:
+        raise ConfigError(f"{file}:0: {error.strerror}") from None
+    if not config.mail_location.startswith("maildir:"):
+        config.fail(config.lines["mail_location"], "mail_location: only maildir:PATH is known")
+    return config
+
+
+def dump(config: Config) -> list[str]:
+    """What differs from the defaults, as the parser reads it."""
+    lines = changed(config)
+    for name, service in config.services.items():
+        inner = [block(section, []) for section in config.listeners[name].values()]
+        lines += block(service, [*itertools.chain(*inner)])
+    return lines
+
+
+def block(section: Section, inner: list[str]) -> list[str]:
+    lines = [f"  {line}" for line in changed(section) + inner]
+    return [f"{section.name} {{", *lines, "}"] if lines else []
+
+
+def changed(section: Section) -> list[str]:
+    rows = [(section.rows[key], key, text) for key, text in section.texts.items()]
+    return [
+        f"{key} = {written(text)}" for row, key, text in rows
+        if read(row.kind, text) != read(row.kind, row.default)
+    ]  # fmt: skip
+
+
+def written(text: str) -> str:
+    if re.fullmatch(r"[\w./:%@+=-]+( \w+)*", text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def serve(config: Config) -> None:
+    # Titles are written over the arguments: with too little room, start once more with some.
+    if len(" ".join(sys.orig_argv)) < 80 and os.path.exists("/proc/self/stat"):
+        os.execv(sys.executable, [*sys.orig_argv, "--title-room=" + "." * 80])
+    os.umask(0o077)
+    open_log(config.log_path)
+    first = INHERIT not in os.environ
+    lines = [] if config.path or not first else make_demo(config)
+    if not config.path:
+        config.values["passwd_file"] = config.inbox("demo-users")
+
+    def ready(master: Master) -> None:
+        for pool in master.pools:
+            for name, group in zip(config.listeners[pool.role.name], pool.listeners):
+                host, port = group[0].getsockname()[:2]
+                print(f"listening {name} {f'[{host}]' if ':' in host else host}:{port}")
+        print(*lines, "ready", sep="\n", flush=True)
+
+    Master(config, ready if first else None).run()
+
+
+def open_log(path: str) -> None:
+    handler = WatchedFileHandler(path) if path else logging.StreamHandler()
+    layout = "%(asctime)s %(processName)s[%(process)d] %(levelname)s %(message)s"
+    handler.setFormatter(logging.Formatter(layout))
+    multiprocessing.current_process().name = "master"
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def make_demo(config: Config) -> list[str]:
+    """Without a configuration: a user with a password made up now, and a message to read."""
+    password = secrets.token_hex(12)
+    os.makedirs(config.base_dir, 0o700, exist_ok=True)
+    with open(config.inbox("demo-users"), "w", encoding="ascii") as file:
+        file.write(f"demo:{encode_password('SSHA512', password)}\n")
+    home = home_of(config, "demo")
+    if not os.path.exists(home):
+        text = WELCOME.format(date=email.utils.formatdate(localtime=True))
+        deliver(home, io.BytesIO(text.replace("\n", "\r\n").encode()))
+    return ["user: demo", f"password: {password}"]
+
+
 def make_password(scheme: str) -> int:
     password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
     try:
         print(encode_password(scheme, password))
     except ValueError as error:
-        raise Usage(str(error)) from None
+        return complain(64, error)
     return 0
 
 
@@ -5172,10 +5099,9 @@ def deliver_message(config: Config, user: str) -> int:
     try:
         deliver(home_of(config, user), sys.stdin.buffer)
     except ValueError as error:
-        raise Usage(str(error)) from None
+        return complain(64, error)
     except OSError as error:
-        print(f"deliver: {error}", file=sys.stderr)
-        return 77 if isinstance(error, PermissionError) else 75
+        return complain(77 if isinstance(error, PermissionError) else 75, f"deliver: {error}")
     return 0
 
 
@@ -5186,8 +5112,7 @@ def control(config: Config, options: argparse.Namespace) -> int:
     try:
         sock.connect(config.inbox("master"))
     except (FileNotFoundError, ConnectionRefusedError):
-        print(f"hibernate is not running in {config.base_dir}", file=sys.stderr)
-        return 75
+        return complain(75, f"hibernate is not running in {config.base_dir}")
     sock.send(f"{options.command} {options.operand}".strip().encode())
     text = b""
     with contextlib.suppress(TimeoutError):
@@ -5198,36 +5123,31 @@ def control(config: Config, options: argparse.Namespace) -> int:
         return 78 if text.startswith(b"refused") else 0
     rows = [json.loads(line) for line in text.splitlines()]
     if options.json:
-        for row in rows:
-            print(json.dumps(row))
+        print(*map(json.dumps, rows), sep="\n", end="\n" if rows else "")
     elif options.command == "kick":
         print(f"{sum(row['kicked'] for row in rows)} sessions ended")
     else:
-        for line in aligned([row for row in rows if "user" in row or "clients" in row]):
-            print(line)
+        print_table([row for row in rows if "user" in row or "clients" in row])
         for row in rows:
-            counts = {**row.get("counts", {}), **row.get("refusals", {})}
+            counts = row.get("counts", {}) | row.get("refusals", {})
             if counts:
                 told = ", ".join(f"{count} {what}" for what, count in counts.items())
                 print(f"{row['service']}[{row['pid']}]: {told}")
-            elif row.get("throttled"):
+            elif row.get("delay"):
                 print(f"{row['service']}: throttled, no new process for {row['delay']:.0f} s")
     return 0
 
 
-def aligned(rows: list[dict[str, Any]]) -> list[str]:
-    """A table with a line of names on top."""
+def print_table(rows: list[dict[str, Any]]) -> None:
     names = ("user", "service", "pid", "remote", "since", "session", "clients", "room")
-    if not rows:
-        return []
-    table = [[name for name in names if name in rows[0]]]
+    table = [[name for name in names if name in row] for row in rows[:1]]
     for row in rows:
         if "since" in row:
             row["since"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["since"]))
         table.append([str(row[name]) or "-" for name in table[0]])
     widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ("  ".join(map(str.ljust, cells, widths)) for cells in table)
-    return [line.rstrip() for line in lines]
+    for cells in table:
+        print("  ".join(map(str.ljust, cells, widths)).rstrip())
 
 
 if __name__ == "__main__":
