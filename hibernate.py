@@ -182,12 +182,19 @@ LIMITS = (
     Setting("group", "group", "", "run with this group, if started by root"),
 )
 LISTENER = (
-    Setting("address", "address", "127.0.0.1", "IPv4 or IPv6 address"),
     Setting("port", "port", "", "0: the kernel picks one"),
+    Setting("address", "address", "127.0.0.1", "IPv4 or IPv6 address"),
     Setting("reuse_port", "bool", "no", "one SO_REUSEPORT socket for each process"),
 )
+LINE = re.compile(
+    r"""\s* (?: ([\w.]+) \s* = \s*+ (?: (["']) ((?: \\["'\\] | (?!\2)[^\\] )*) \2 | (?!["']) (.*?) )
+            | (\w+) \s+ "?([\w.-]+)"? \s* \{
+            | (\}) )? \s* (?: (?<!\S) \#.* )?""", re.VERBOSE
+)  # fmt: skip
 TIME = r"(\d{1,9})\s*(ms(?:ecs?)?|s(?:ecs?|econds?)?|m(?:ins?|inutes?)?|h(?:ours?)?|d(?:ays?)?)"
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+RANGES = {"count": range(1, 10**9), "number": range(10**9), "port": range(65536)}
+SWITCH = {"yes": True, "y": True, "no": False, "n": False}
 
 
 def read(kind: str, text: str) -> Any:
@@ -197,24 +204,22 @@ def read(kind: str, text: str) -> Any:
     (120.0, 0.2, 65536, False)
     """
     if kind == "time" and (match := re.fullmatch(TIME, text.lower())):
-        factor = 0.001 if match[2].startswith("ms") else SECONDS[match[2][0]]
-        return float(int(match[1]) * factor)
-    if kind == "size" and (match := re.fullmatch(r"(\d{1,9})\s*([kmgt]?)i?b?", text.lower())):
-        return int(match[1]) * 1024 ** " kmgt".index(match[2] or " ")
-    if kind == "bool" and text.lower() in ("yes", "y", "no", "n"):
-        return text.lower() in ("yes", "y")
-    if kind in ("count", "number", "port") and re.fullmatch(r"\d{1,9}", text):
-        if (kind == "count") <= int(text) <= (65535 if kind == "port" else 10**9):
-            return int(text)
-    if kind == "address":
-        return str(ipaddress.ip_address(text))  # numeric: no resolver can hold up a start
-    if kind in ("user", "group") and text:
-        with contextlib.suppress(KeyError):
-            return pwd.getpwnam(text).pw_name if kind == "user" else grp.getgrnam(text).gr_name
-    if kind in ("string", "path") or (kind in ("user", "group") and not text):
-        return text
+        return int(match[1]) * float(0.001 if match[2][:2] == "ms" else SECONDS[match[2][0]])
     if kind == "time" and re.fullmatch("0+", text):
         return 0.0  # as in Dovecot, only zero may go without its unit
+    if kind == "size" and (match := re.fullmatch(r"(\d{1,9})\s*([kmgt]?)i?b?", text.lower())):
+        return int(match[1]) * 1024 ** " kmgt".index(match[2] or " ")
+    if kind == "bool" and text.lower() in SWITCH:
+        return SWITCH[text.lower()]
+    if re.fullmatch("[0-9]{1,9}", text) and int(text) in RANGES.get(kind, ()):
+        return int(text)
+    if kind == "address":
+        return str(ipaddress.ip_address(text))  # numeric: no resolver can hold up a start
+    with contextlib.suppress(KeyError):
+        if text and kind in ("user", "group"):
+            return pwd.getpwnam(text).pw_name if kind == "user" else grp.getgrnam(text).gr_name
+        if kind in ("string", "path", "user", "group"):
+            return text
     example = {"time": " such as '30 s'", "size": " such as '64 k'", "bool": ", yes or no"}
     raise ValueError(f"{text!r} is not a {kind}{example.get(kind, '')}")
 
@@ -222,12 +227,16 @@ def read(kind: str, text: str) -> Any:
 class Section:
     """The settings of one block, read as attributes: the file's value, else the default."""
 
-    def __init__(self, name: str, rows: Iterable[Setting], prefix: str = "") -> None:
+    def __init__(
+        self, name: str, table: tuple[Setting, ...], defaults: Sequence[str] = (), prefix: str = ""
+    ) -> None:
         self.name = name
+        rows = [row._replace(default=text) for row, text in zip(table, defaults)]
+        rows += table[len(defaults):]
         self.rows = {row.name.replace("@", prefix): row for row in rows}
-        self.values = {r.name.strip("@"): read(r.kind, r.default) for r in self.rows.values()}
+        self.values = {row.name.strip("@"): read(row.kind, row.default) for row in rows}
         self.texts: dict[str, str] = {}  # as written in the file, for `-n`
-        self.lines: dict[str, int] = {}
+        self.lines: dict[str, int] = collections.defaultdict(int)
 
     def __getattr__(self, name: str) -> Any:
         if name == "values" or name not in self.values:
@@ -237,11 +246,8 @@ class Section:
     def put(self, key: str, text: str, line: int) -> None:
         """Read one `key = value`; ValueError says what is wrong with it."""
         if key not in self.rows:
-            raise ValueError(f"unknown setting {key!r} in {self.name}")
-        try:
-            self.values[self.rows[key].name.strip("@")] = read(self.rows[key].kind, text)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
+            raise ValueError(f"unknown setting in {self.name}")
+        self.values[self.rows[key].name.strip("@")] = read(self.rows[key].kind, text)
         self.texts[key], self.lines[key] = text, line
 
 
@@ -249,16 +255,12 @@ class Config(Section):
     """All settings of a program; without a file, the defaults. ConfigError names a mistake."""
 
     def __init__(self, program: Program, path: str = "") -> None:
-        super().__init__("the file", (*SETTINGS, *program.settings), program.prefix)
+        super().__init__("the file", (*SETTINGS, *program.settings), (), program.prefix)
         self.program = program
         self.path = path
         self.folder = os.path.dirname(os.path.abspath(path)) if path else os.getcwd()
-        self.services: dict[str, Section] = {}
-        self.listeners: dict[str, dict[str, Section]] = {}
-        for role in program.roles:
-            rows = [row._replace(default=text) for row, text in zip(LIMITS, role.limits)]
-            self.services[role.name] = Section(f"service {role.name}", (*rows, *LIMITS[4:]))
-            self.listeners[role.name] = {}
+        self.services = {r.name: Section(r.name, LIMITS, r.limits) for r in program.roles}
+        self.listeners: dict[str, dict[str, Section]] = {name: {} for name in self.services}
         if path:
             with open(path, encoding="utf-8", errors="replace") as file:
                 self.parse(file.read().split("\n"))
@@ -275,76 +277,56 @@ class Config(Section):
         stack: list[Section] = [self]
         for number, line in enumerate(lines, 1):
             try:
-                if re.fullmatch(r"\s*(#.*)?", line):
-                    continue
-                if match := re.fullmatch(r'\s*(\w+)\s+"?([\w.-]+)"?\s*\{\s*(#.*)?', line):
-                    stack.append(self.open_section(stack[-1], match[1], match[2]))
-                elif match := re.fullmatch(r"\s*([\w.]+)\s*=(.*)", line):
-                    stack[-1].put(match[1], read_value(match[2]), number)
-                elif not re.fullmatch(r"\s*\}\s*(#.*)?", line):
+                match = LINE.fullmatch(line)
+                if not match:
                     raise ValueError("expected 'key = value', 'service NAME {', or '}'")
-                elif stack.pop() is self:
+                key, _, quoted, plain, kind, name, closing = match.groups()
+                if key:
+                    text = plain if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
+                    stack[-1].put(key, text, number)
+                elif kind:
+                    stack.append(self.open_section(stack[-1], kind, name))
+                elif closing and stack.pop() is self:
                     raise ValueError("this '}' closes nothing")
             except ValueError as error:
-                self.fail(number, str(error))
+                self.fail(number, f"{key}: {error}" if match and key else str(error))
         if len(stack) > 1:
             self.fail(len(lines), f"'}}' is missing: {stack[-1].name} is still open")
 
     def open_section(self, outer: Section, kind: str, name: str) -> Section:
-        if kind == "service" and outer is self:
-            if name not in self.services:
-                raise ValueError(f"unknown service {name!r}")
+        if kind == "service" and outer is self and name in self.services:
             return self.services[name]
         for role in self.program.roles:
             if kind == "inet_listener" and outer is self.services[role.name] and role.listener:
-                return self.add_listener(role, name)
-        raise ValueError(f"section {kind!r} does not belong here")
-
-    def add_listener(self, role: Role, name: str) -> Section:
-        rows = [LISTENER[0], LISTENER[1]._replace(default=str(role.port)), LISTENER[2]]
-        return self.listeners[role.name].setdefault(name, Section(f"inet_listener {name}", rows))
+                section = Section(f"inet_listener {name}", LISTENER, [str(role.port)])
+                return self.listeners[role.name].setdefault(name, section)
+        raise ValueError(f"section '{kind} {name}' is unknown in {outer.name}")
 
     def finish(self) -> None:
         """Paths, which are relative to the file's own folder, and the checks of the whole."""
-        for row in self.rows.values():
-            if row.kind == "path" and self.values[row.name]:
-                path = os.path.join(self.folder, os.path.expanduser(self.values[row.name]))
-                self.values[row.name] = os.path.normpath(path)
+        for name in [row.name for row in self.rows.values() if row.kind == "path"]:
+            if path := os.path.expanduser(self.values[name]):
+                self.values[name] = os.path.normpath(os.path.join(self.folder, path))
         if max(len(os.fsencode(self.inbox(name + ".new"))) for name in self.services) > 107:
             # sockaddr_un.sun_path, unix(7)
-            self.fail(self.lines.get("base_dir", 0), "base_dir: too long for a socket's name")
+            self.fail(self.lines["base_dir"], "base_dir: too long for a socket's name")
         for role in self.program.roles:
             service, listeners = self.services[role.name], self.listeners[role.name]
             if role.listener and not listeners:
-                self.add_listener(role, role.listener)
+                self.open_section(service, "inet_listener", role.listener)
             if service.process_min_avail > service.process_limit:
-                line = max(service.lines.get(key, 0) for key in service.rows)
-                self.fail(line, f"{service.name}: process_min_avail is above process_limit")
+                line = max(service.lines.values())
+                self.fail(line, f"{role.name}: process_min_avail is above process_limit")
             for listener in listeners.values():
                 if listener.reuse_port and service.process_min_avail != service.process_limit:
-                    reason = f"reuse_port: {service.name} needs process_min_avail = process_limit"
+                    reason = f"reuse_port: {role.name} needs process_min_avail = process_limit"
                     self.fail(listener.lines["reuse_port"], reason)
-
-
-def read_value(text: str) -> str:
-    """What follows the "=": comment off, quotes off.
-
-    >>> read_value(' "a # b" # c'), read_value(" plain value  # c")
-    ('a # b', 'plain value')
-    """
-    text = text.strip()
-    if text[:1] not in ('"', "'"):
-        return re.sub(r"(^|\s+)#.*$", "", text)
-    match = re.fullmatch(rf"{text[0]}((?:[^{text[0]}\\]|\\[\\\"'])*){text[0]}\s*(#.*)?", text)
-    if not match:
-        raise ValueError("the quoted value does not end, or an escape is not \\\\ or \\\"")
-    return re.sub(r"\\(.)", r"\1", match[1])
 
 
 # ------------------------------------------------------------------------------------------------
 # 2  Event loop and timers
 #
-# One selector, one heap of timers, one thread. Signals arrive as bytes on a socket and so are
+# One selector, one heap of timers, one thread. Signals arrive as bytes in a pipe and so are
 # events like any other: without that, a handler runs while select() sleeps on. A callback never
 # blocks. One that raises is logged with its traceback and costs its own session, not the process.
 # ------------------------------------------------------------------------------------------------
@@ -352,19 +334,16 @@ def read_value(text: str) -> str:
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, order=True)
 class Timer:
     """A call that is due at `when` (monotonic seconds). cancel() may come late, and twice."""
 
     when: float
-    call: Callable[[], None] | None
-    fd: int  # whose session a bug in it would cost; -1 nobody's
+    call: Callable[[], None] | None = field(compare=False)
+    fd: int = field(compare=False)  # whose session a bug in it would cost; -1 nobody's
 
     def cancel(self) -> None:
         self.call = None
-
-    def __lt__(self, other: Timer) -> bool:
-        return self.when < other.when
 
 
 class Loop:
@@ -377,9 +356,7 @@ class Loop:
         self.purge_at = 256  # so many timers are looked through for cancelled ones
         self.running = True
         self.failed: Callable[[int], None] = lambda fd: None
-        self.bell, self.bell_in = socket.socketpair()
-        self.bell.setblocking(False)
-        self.bell_in.setblocking(False)
+        self.bell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def watch(self, fd: int, events: int, call: Callable[[int, int], None]) -> None:
         """call(fd, ready) from now on, in place of what was watched before; no events: unwatch,
@@ -397,8 +374,7 @@ class Loop:
 
     def later(self, seconds: float, call: Callable[[], None], fd: int = -1) -> Timer:
         if len(self.timers) >= self.purge_at:
-            self.timers = [timer for timer in self.timers if timer.call]
-            heapq.heapify(self.timers)
+            self.timers = sorted(timer for timer in self.timers if timer.call)  # it is a heap too
             self.purge_at = 2 * len(self.timers) + 256
         timer = Timer(time.monotonic() + seconds, call, fd)
         heapq.heappush(self.timers, timer)
@@ -408,13 +384,13 @@ class Loop:
         """From now on a signal of `table` is a call from this loop."""
 
         def heard(fd: int, mask: int) -> None:
-            for number in self.bell.recv(4096):
+            for number in os.read(fd, 4096):
                 table.get(number, lambda: None)()
 
         for number in table:
             signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(self.bell_in.fileno(), warn_on_full_buffer=False)
-        self.watch(self.bell.fileno(), READ, heard)
+        signal.set_wakeup_fd(self.bell[1], warn_on_full_buffer=False)
+        self.watch(self.bell[0], READ, heard)
 
     def run(self) -> None:
         while self.running:
@@ -435,13 +411,14 @@ class Loop:
             call(*args)
         except Exception:
             log.exception("a callback failed; it costs one session")
-            self.unwatch(fd)  # or it would fail again at once, and for ever
-            self.failed(fd)
+            if fd >= 0:
+                self.unwatch(fd)  # or it would fail again at once, and for ever
+                self.failed(fd)
 
     def close(self) -> None:
         """For a forked child: what it has copied is still the parent's."""
-        for thing in (self.selector, self.bell, self.bell_in):
-            thing.close()
+        self.selector.close()
+        close_all(self.bell)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -465,10 +442,9 @@ def end_socket(sock: socket.socket) -> None:
 
 @contextlib.contextmanager
 def borrowed(fd: int, family: int = socket.AF_INET) -> Iterator[socket.socket]:
-    """Socket methods for a descriptor held as a plain int; it stays open. Where addresses
-    matter, `family` is -1: ask the kernel."""
-    kind, protocol = (-1, -1) if family < 0 else (socket.SOCK_STREAM, 0)
-    sock = socket.socket(family, kind, protocol, fileno=fd)
+    """Socket methods for a descriptor held as a plain int, which stays open. The family matters
+    for addresses alone; -1 asks the kernel for it."""
+    sock = socket.socket(family, socket.SOCK_STREAM, 0 if family >= 0 else -1, fileno=fd)
     try:
         yield sock
     finally:
@@ -495,20 +471,18 @@ def close_all(fds: Iterable[int]) -> None:
 def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     """One message and its descriptors; b"" is the end. BlockingIOError, TimeoutError: not yet."""
     # Not socket.recv_fds(): it ignores its flags. MSG_CMSG_CLOEXEC comes back in `flags`.
-    size, cloexec = socket.CMSG_SPACE(8 * 4), getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+    size, fds = socket.CMSG_SPACE(8 * 4), array("i")
     try:
-        message, ancillary, flags, _ = sock.recvmsg(RECORD_LIMIT, size, cloexec)
+        message, rights, flags, _ = sock.recvmsg(RECORD_LIMIT, size, socket.MSG_CMSG_CLOEXEC)
     except (BlockingIOError, TimeoutError):
         raise
     except OSError:
         return b"", []
-    fds = array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    for _, _, data in rights:
+        fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
     if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or not message:
         close_all(fds)  # near the descriptor limit a message arrives without its descriptor
-        fds = array("i")
+        return message, []
     return message, list(fds)
 
 
@@ -519,27 +493,12 @@ class Channel:
     channel, by the peer or after `timeout` seconds of silence, and comes once.
     """
 
-    __slots__ = ("loop", "sock", "heard", "timer")
-
     def __init__(self, loop: Loop, sock: socket.socket, heard: Heard, timeout: float = 0) -> None:
-        self.loop = loop
-        self.sock = sock
-        self.heard: Heard | None = heard
+        self.loop, self.sock, self.heard = loop, sock, heard
         self.timer: Timer | None = None
         sock.setblocking(False)
         self.expire(timeout)
         loop.watch(sock.fileno(), READ, self.readable)
-
-    @classmethod
-    def connect(cls, loop: Loop, path: str, heard: Heard) -> Channel:
-        """OSError says why not: EAGAIN (backlog full), ECONNREFUSED, ENOENT, EMFILE."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        try:
-            sock.connect(path)
-        except OSError:
-            sock.close()
-            raise
-        return cls(loop, sock, heard, ANSWER_TIME)
 
     def expire(self, seconds: float) -> None:
         if self.timer:
@@ -554,21 +513,18 @@ class Channel:
     def readable(self, fd: int, mask: int) -> None:
         with contextlib.suppress(BlockingIOError):
             message, fds = receive(self.sock)
-            if message and self.heard:
+            if message:
                 self.heard(message, fds)
             else:
                 self.finish()
 
     def finish(self) -> None:
         """Close, and tell this side that the channel has ended."""
-        heard = self.heard
         self.close()
-        if heard:
-            heard(b"", [])
+        self.heard(b"", [])
 
     def close(self) -> None:
         """Close without a word; at any time, and twice."""
-        self.heard = None
         self.expire(0)
         if self.sock.fileno() >= 0:
             self.loop.unwatch(self.sock.fileno())
@@ -612,7 +568,7 @@ class State(NamedTuple):
         folder, *times = state.watch or [""]
         if [type(item) for item in (folder, *times)] != [str] + [int] * len(times):
             raise ValueError("a watch that is none")
-        if re.search(r"[/\0]", folder) or folder == "..":
+        if folder == ".." or re.search(r"[/\0]", folder):
             raise ValueError("a watch outside of home")
         return state
 
@@ -683,13 +639,11 @@ class Mover:
     """
 
     def __init__(self, loop: Loop, config: Config, owner: Service) -> None:
-        self.loop = loop
-        self.config = config
-        self.owner = owner
-        self.queue: list[tuple[float, int]] = []
+        self.loop, self.config, self.owner = loop, config, owner
+        self.queue: list[tuple[float, int]] = []  # deadline, descriptor
         self.target: dict[int, tuple[str, float, bytes]] = {}  # service, deadline, question
         self.channels: dict[int, Channel] = {}
-        self.pause: Timer | None = None
+        self.resume_at = 0.0
         self.refusals: collections.Counter[str] = collections.Counter()
 
     def give(self, fd: int, service: str, patience: float, question: bytes = b"") -> None:
@@ -706,27 +660,25 @@ class Mover:
             channel.close()
 
     def pump(self) -> None:
-        while self.queue and len(self.channels) < IN_FLIGHT and not self.pause:
+        while self.queue and len(self.channels) < IN_FLIGHT and time.monotonic() >= self.resume_at:
             deadline, fd = heapq.heappop(self.queue)
             service, known, question = self.target.get(fd, ("", 0.0, b""))
-            if known == deadline and fd not in self.channels:  # else an entry of the past
-                if message := question or self.owner.parcel(fd):
-                    self.send(fd, service, message, -1 if question else fd)
-                else:
-                    self.keep(fd)
+            if known != deadline or fd in self.channels:
+                continue  # an entry of the past
+            if not (message := question or self.owner.parcel(fd)):
+                self.keep(fd)
+                continue
+            try:
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                channel = Channel(self.loop, sock, partial(self.answered, fd), ANSWER_TIME)
+                self.channels[fd] = channel
+                sock.connect(self.config.inbox(service))
+                channel.send(message, -1 if question else fd)
+            except OSError as error:
+                self.refused(fd, errno.errorcode.get(error.errno or 0, "?"))
 
-    def send(self, fd: int, service: str, message: bytes, descriptor: int) -> None:
-        def heard(reply: bytes, fds: list[int]) -> None:
-            close_all(fds)
-            self.answered(fd, reply)
-
-        try:
-            self.channels[fd] = Channel.connect(self.loop, self.config.inbox(service), heard)
-            self.channels[fd].send(message, descriptor)
-        except OSError as error:
-            self.refused(fd, errno.errorcode.get(error.errno or 0, "?"))
-
-    def answered(self, fd: int, reply: bytes) -> None:
+    def answered(self, fd: int, reply: bytes, fds: list[int]) -> None:
+        close_all(fds)
         if reply and self.target[fd][2]:
             self.keep(fd)
             self.owner.kept(fd, reply.decode())
@@ -745,18 +697,16 @@ class Mover:
 
     def refused(self, fd: int, reason: str) -> None:
         self.refusals[reason] += 1
-        target = self.target[fd]
+        target, now = self.target[fd], time.monotonic()
         self.keep(fd)
-        if reason in RETRIED and time.monotonic() < target[1]:
-            self.target[fd] = target
-            heapq.heappush(self.queue, (target[1], fd))
-            self.pause = self.pause or self.loop.later(RETRY_TIME, self.resume)
-        else:
+        if reason not in RETRIED or now >= target[1]:
             self.owner.kept(fd, "" if target[2] else reason)
-
-    def resume(self) -> None:
-        self.pause = None
-        self.pump()
+            return
+        self.target[fd] = target
+        heapq.heappush(self.queue, (target[1], fd))
+        if now >= self.resume_at:
+            self.resume_at = now + RETRY_TIME
+            self.loop.later(RETRY_TIME, self.pump)
 
 
 # ------------------------------------------------------------------------------------------------
