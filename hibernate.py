@@ -830,8 +830,8 @@ class Watcher:
 
     def add(self, path: str, fd: int) -> int:
         """Watch `path` for the session `fd`; the number returned is never 0."""
-        number = -1
-        if self.fd >= 0:
+        number = self.fd
+        if number >= 0:
             number = self.libc.inotify_add_watch(self.fd, os.fsencode(path), self.MASK)
         if number < 0:
             number = self.poll_for(path)
@@ -914,39 +914,39 @@ class Phase(enum.Enum):
     CLOSED = "not ours any more"
 
 
+@dataclass(slots=True, eq=False)
 class Client:
     """One session awake in this process, and its socket: its home between two hand-overs."""
 
-    __slots__ = (
-        "service", "loop", "sock", "fd", "session", "output", "reply", "phase", "eof", "received",
-        "sent", "rested", "timer", "turn", "move", "watches", "answer", "beat",
-    )  # fmt: skip
+    service: Service
+    sock: socket.socket
+    session: Session
+    received: int = 0
+    sent: int = 0
+    answer: str = ""
+    output: bytearray = field(default_factory=bytearray)
+    reply: Reply | None = None
+    phase: Phase = Phase.RUNNING
+    eof: bool = False
+    rested: float = field(default_factory=time.monotonic)  # at rest (before log-in: here) since
+    beat: float = 0.0  # when the next keepalive is due; 0: none
+    timer: Timer | None = None  # what comes next at rest: see clock()
+    turn: Timer | None = None  # the others first, or a Pause; then go on
+    move: Move | None = None
+    watches: list[int] = field(default_factory=list)
+    loop: Loop = field(init=False)
+    fd: int = field(init=False)
 
-    def __init__(self, service: Service, sock: socket.socket, session: Session) -> None:
-        self.service = service
-        self.loop = service.loop
-        self.sock = sock
-        self.fd = sock.fileno()
-        self.session = session
-        self.output = bytearray()
-        self.reply: Reply | None = None
-        self.phase = Phase.RUNNING
-        self.eof = False
-        self.received = self.sent = 0
-        self.rested = time.monotonic()  # since when it is at rest; before log-in: connected
-        self.beat = 0.0  # when the next keepalive is due; 0: none
-        self.timer: Timer | None = None  # what comes next at rest: see clock()
-        self.turn: Timer | None = None  # the others first, or a Pause; then go on
-        self.move: Move | None = None
-        self.watches: list[int] = []
-        self.answer = ""
-        sock.setblocking(False)  # O_NONBLOCK travels with a descriptor, or does not
+    def __post_init__(self) -> None:
+        self.loop, self.fd = self.service.loop, self.sock.fileno()
+        self.sock.setblocking(False)  # O_NONBLOCK travels with a descriptor, or does not
 
     def start(self, reply: Reply) -> None:
         self.reply = reply
         self.pump()
 
     def ready(self, fd: int, mask: int) -> None:
+        self.stay()
         if mask & READ:
             try:
                 data = self.sock.recv(64 * 1024)
@@ -974,16 +974,16 @@ class Client:
             except StopIteration:
                 self.reply = None
             else:
-                if isinstance(item, bytes):
-                    self.output += item
-                else:
-                    self.perform(item)
+                self.perform(item)
             value = None
         else:
             self.turn = self.turn or self.loop.later(0, self.go_on, self.fd)
         self.settle()
 
-    def perform(self, item: Ask | Pause | Move) -> None:
+    def perform(self, item: bytes | Ask | Pause | Move) -> None:
+        if isinstance(item, bytes):
+            self.output += item
+            return
         self.phase = Phase.WAITING
         if isinstance(item, Ask):
             self.service.mover.give(self.fd, item.service, MOVE_TIME, item.message)
@@ -1014,9 +1014,7 @@ class Client:
 
     def settle(self) -> None:
         """After each run: send, decide what to watch for, and see whether this is rest."""
-        if self.phase in (Phase.CLOSED, Phase.MOVING):
-            return
-        if not self.flush():
+        if self.phase in (Phase.CLOSED, Phase.MOVING) or not self.flush():
             return
         if self.reply and self.phase is Phase.RUNNING and len(self.output) < OUTPUT_HIGH:
             self.turn = self.turn or self.loop.later(0, self.go_on, self.fd)
@@ -1047,8 +1045,7 @@ class Client:
     def listen(self) -> bool:
         """Watch while there is a tag. True: the session must look again, now that we watch."""
         session = self.session
-        watch = session.watch() if session.tag else None
-        if not watch:
+        if not session.tag or not (watch := session.watch()):
             self.unlisten()
             return False
         paths = [os.path.join(session.home, watch[0], name) for name in session.watch_dirs]
@@ -1102,12 +1099,8 @@ class Client:
     def depart(self, service: str, patience: float) -> None:
         """Begin to hand over. Should its client stir meanwhile, a sleeper-to-be stays."""
         self.phase = Phase.MOVING
-        self.loop.watch(self.fd, 0 if self.move else READ, self.called_back)
+        self.loop.watch(self.fd, 0 if self.move else READ, self.ready)
         self.service.mover.give(self.fd, service, patience)
-
-    def called_back(self, fd: int, mask: int) -> None:
-        self.stay()
-        self.ready(fd, mask)
 
     def stay(self) -> None:
         if self.phase is Phase.MOVING and not self.move:
@@ -1117,20 +1110,20 @@ class Client:
     def record(self) -> bytes:
         """Freeze the session. Its state is sealed here, but for a log-in: that auth has sealed."""
         session, answer = self.session, ""
-        pending = session.buffer.decode("latin-1")
         if self.move:
             _, state, sealed, answer = self.move
         else:
             watch = session.watch()
             times = [watch[0], *watch[1]] if watch else []
-            state = compact(State(
-                0, session.sid, session.user, session.since, session.remote, session.home, times,
-                session.freeze(),
-            ))  # fmt: skip
+            state = compact(self.state()._replace(watch=times, own=session.freeze()))
             sealed = seal(session.key, identity(self.sock), state) if session.key else ""
-        return Record(
-            session.tag, self.received, self.sent, pending, answer, state, sealed
-        ).encode()
+        pending = session.buffer.decode("latin-1")
+        carried = session.tag, self.received, self.sent, pending
+        return Record(*carried, answer, state, sealed).encode()
+
+    def state(self) -> State:
+        s = self.session
+        return State(0, s.sid, s.user, s.since, s.remote, s.home, [], [])
 
     def kept(self, reason: str) -> None:
         """The hand-over did not come about, or a question is answered: go on as before."""
@@ -1407,9 +1400,8 @@ class Service:
         session.tag = record.tag
         session.buffer += record.pending.encode("latin-1")
         session.thaw(own)
-        client = Client(self, socket.socket(fileno=fd), session)
-        client.received, client.sent, client.answer = record.received, record.sent, record.answer
-        return client
+        sock = socket.socket(fileno=fd)
+        return Client(self, sock, session, record.received, record.sent, record.answer)
 
     def new_session(self, fd: int) -> Session:
         session = self.role.session()
@@ -1457,8 +1449,7 @@ class Service:
 
     def states(self) -> Iterator[tuple[int, State]]:
         for fd, client in list(self.clients.items()):
-            s = client.session
-            yield fd, State(0, s.sid, s.user, s.since, s.remote, s.home, [], [])
+            yield fd, client.state()
 
     def stirred(self, fd: int) -> None:
         self.clients[fd].stir()
@@ -1640,6 +1631,9 @@ class Sleeper(NamedTuple):
     received: int = 0
     sent: int = 0
 
+    def sealed(self) -> State:
+        return State.decode(json.loads(self.tail)[0])
+
 
 class Keeper(Service):
     """Thousands of sleepers: keepalive, watch, wake."""
@@ -1695,23 +1689,22 @@ class Keeper(Service):
         wait = seconds_to_beat(self.period, state.remote, state.user)
         beat = int(time.time() + wait) % self.period
         os.set_blocking(fd, False)
-        sleeper = Sleeper(
-            HELD, record.tag, tail, beat, (0, 0), int(time.time()), record.received, record.sent
-        )
-        if changed := self.listen(fd, sleeper):
-            number = channel.sock.fileno()
-            self.store(fd, changed._replace(state=OFFERED))
-            self.store(number, Sleeper(CHANNEL, tail=str(fd)))
-            self.copy(fd, number)
-            return fd, changed, number
-        raise ValueError("changed")
+        now, counts = int(time.time()), (record.received, record.sent)
+        sleeper = self.listen(fd, Sleeper(HELD, record.tag, tail, beat, (0, 0), now, *counts))
+        if not sleeper:
+            raise ValueError("changed")
+        number = channel.sock.fileno()
+        self.store(fd, sleeper._replace(state=OFFERED))
+        self.store(number, Sleeper(CHANNEL, tail=str(fd)))
+        self.copy(fd, number)
+        return fd, sleeper, number
 
     def listen(self, fd: int, sleeper: Sleeper) -> Sleeper | None:
         """The sleeper with watches, if it has a tag. Arm first, then compare: None if its
         directories changed, or may have, before the watch was there."""
         if not sleeper.tag:
             return sleeper
-        state = State.decode(json.loads(sleeper.tail)[0])
+        state = sleeper.sealed()
         if not state.watch:
             return None
         folder = os.path.join(state.home, state.watch[0])
@@ -1752,10 +1745,10 @@ class Keeper(Service):
         self.unlisten(fd, sleeper)
         self.mark(fd, FREE)
         self.mark(number, FREE)
-        with borrowed(fd) as sock:
-            if shutdown:
-                sock.shutdown(socket.SHUT_RDWR)
-        os.close(fd)
+        if shutdown:
+            end_socket(socket.socket(fileno=fd))
+        else:
+            os.close(fd)
 
     # Asleep
 
@@ -1826,16 +1819,17 @@ class Keeper(Service):
     # Leaving
 
     def wake(self, fd: int, cause: str) -> None:
-        self.loop.unwatch(fd)
-        self.waking[fd] = cause
         self.counts[f"woken by {cause}"] += 1
-        self.mover.give(fd, self.role.wakes, MOVE_TIME if cause == "input" else MAIL_TIME)
+        self.depart(fd, cause, self.role.wakes, MOVE_TIME if cause == "input" else MAIL_TIME)
 
     def move_on(self, fd: int) -> None:
         if fd not in self.waking:
-            self.loop.unwatch(fd)
-            self.waking[fd] = "drain"
-            self.mover.give(fd, self.role.name, self.config.orphan_timeout)
+            self.depart(fd, "drain", self.role.name, self.config.orphan_timeout)
+
+    def depart(self, fd: int, cause: str, service: str, patience: float) -> None:
+        self.loop.unwatch(fd)
+        self.waking[fd] = cause
+        self.mover.give(fd, service, patience)
 
     def parcel(self, fd: int) -> bytes | None:
         """Look whether the client is still there: nobody watches the descriptor meanwhile."""
@@ -1892,8 +1886,7 @@ class Keeper(Service):
         sleeper = self.load(fd)
         self.forget(fd)
         end_socket(socket.socket(fileno=fd))
-        state = State.decode(json.loads(sleeper.tail)[0])
-        self.ended(state, reason, sleeper.received, sleeper.sent)
+        self.ended(sleeper.sealed(), reason, sleeper.received, sleeper.sent)
 
     def failed(self, fd: int) -> None:
         if 0 <= fd < self.slots and self.memory[fd * SLOT_SIZE] == HELD:
@@ -1902,7 +1895,7 @@ class Keeper(Service):
     def states(self) -> Iterator[tuple[int, State]]:
         for fd in range(self.slots):
             if self.memory[fd * SLOT_SIZE] == HELD:
-                yield fd, State.decode(json.loads(self.load(fd).tail)[0])
+                yield fd, self.load(fd).sealed()
 
     # The twin: a process with a copy of every descriptor, under the same number, and the slots in
     # shared memory. When the keeper is killed, it goes on. Seeding is the fork itself; after it,
@@ -1959,12 +1952,10 @@ class Keeper(Service):
         self.loop.close()
         logs = {h.stream.fileno() for h in log.handlers if isinstance(h, logging.StreamHandler)}
         kept = {0, 1, 2, ours.fileno(), self.channel.fileno(), self.inbox.fileno(), *logs}
-        copies = bytearray(self.slots)
+        copies = bytearray(state in LIVING for state in self.memory[::SLOT_SIZE])
         for fd in range(self.slots):
-            copies[fd] = self.memory[fd * SLOT_SIZE] in LIVING
             if not copies[fd] and fd not in kept:
-                with contextlib.suppress(OSError):
-                    os.close(fd)
+                os.closerange(fd, fd + 1)  # which ignores errors
         ours.settimeout(SWEEP_TIME)
         swept = 0.0
         while True:
