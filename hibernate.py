@@ -1993,9 +1993,11 @@ class Keeper(Service):
         wait unread in the channel, of which there is a copy, too."""
         self.sweep(copies)
         ours.close()
-        slots = {fd: self.load(fd)._replace(watches=(0, 0)) for fd in range(self.slots) if copies[fd]}
+        slots = {}
         for fd in range(self.slots):
-            if fd not in slots:
+            if copies[fd]:
+                slots[fd] = self.load(fd)._replace(watches=(0, 0))
+            else:
                 self.mark(fd, FREE)
         self.held = sum(sleeper.state == HELD for sleeper in slots.values())
         log.error("the keeper was killed; its twin goes on with %d sessions", self.held)
