@@ -4587,7 +4587,7 @@ class ImapSession(CommandSession):
         names = Index.at(self.home).names()
         if not pattern:
             yield b'* LIST (\\Noselect) "." ""\r\n'
-        for name in with_parents(names):
+        for name in with_parents(names) if pattern else ():
             if wildcard(reference + pattern, name):
                 children = any(each.startswith(name + ".") for each in names)
                 flags = b"" if name in names else b"\\Noselect "
