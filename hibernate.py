@@ -3735,7 +3735,7 @@ class Parser:
 
     def mailbox(self, plain: re.Pattern[bytes] = ASTRING) -> str:
         name = self.astring(plain).decode("latin-1")
-        return "INBOX" if name.upper() == "INBOX" else name
+        return "INBOX" + name[5:] if re.match(r"(?i)inbox(\.|$)", name) else name
 
     def pattern(self) -> str:
         return self.mailbox(LIST_PATTERN)
