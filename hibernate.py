@@ -4144,7 +4144,8 @@ def internal_date(seconds: float) -> bytes:
 
 
 def atom_or_quoted(name: str) -> bytes:
-    return name.encode() if ATOM.fullmatch(name.encode("utf-8")) else quoted(name)
+    plain = ATOM.fullmatch(name.encode("utf-8")) and name.upper() != "NIL"
+    return name.encode() if plain else quoted(name)
 
 
 def wildcard(pattern: str, name: str) -> bool:
