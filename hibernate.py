@@ -3496,7 +3496,7 @@ class Message:
 CAPABILITY = "IMAP4rev1 LITERAL+ SASL-IR ID ENABLE IDLE"
 SYSTEM_FLAGS = "\\Answered \\Flagged \\Deleted \\Seen \\Draft"
 LOGIN_INPUT = 8 * 1024  # bytes of a command with its literals before log-in
-BAD_LIMIT = 10  # bad commands in a row until BYE; before log-in 3
+BAD_LIMIT = 20  # bad commands in a row until BYE; before log-in 3
 NESTING = 50  # levels of a SEARCH
 BATCH, BATCH_READ = 500, 25  # messages at a time: by the index alone; reading their files
 STAR = 2**32  # "*" in a sequence set
