@@ -3690,7 +3690,7 @@ class Parser:
     def __init__(self, text: bytes) -> None:
         self.text = text
         self.at = 0
-        self.charset = "ascii"
+        self.charset = "utf-8"
         self.depth = 0
 
     def sees(self, token: bytes) -> bool:
