@@ -3927,7 +3927,7 @@ class View:
     readonly: bool
     uidvalidity: int
     uidnext: int
-    recent: int
+    recent: list[int]  # pairs: new to this session are the UIDs from one, below the other
     keywords: int  # how many the client knows
     modseq: int  # up to here it knows of changed flags
     expunged: int  # and up to here of expunged messages
@@ -3937,12 +3937,23 @@ class View:
 
     @classmethod
     def select(cls, home: str, name: str, readonly: bool) -> View:
-        before = Index.at(home).by_name(name)
-        box, times = Index.at(home).refresh(before, claim=not readonly)
-        return cls(
+        index = Index.at(home)
+        box, times = index.refresh(index.by_name(name), claim=not readonly)
+        view = cls(
             home, box.id, box.name, readonly, box.uidvalidity, box.uidnext,
-            min(before.recent, box.uidnext), -1, box.modseq, box.modseq, *times,
+            [], -1, box.modseq, box.modseq, *times,
         )
+        view.claim(box)
+        return view
+
+    def claim(self, box: Mailbox) -> None:
+        """What nobody had been told of is \\Recent here, and in no other session."""
+        if box.recent < box.uidnext:
+            more = [box.recent, box.uidnext]
+            if self.recent and box.recent <= self.recent[-1]:
+                more = [self.recent.pop(-2), box.uidnext]
+                self.recent.pop()
+            self.recent = [*self.recent, *more][-8:]
 
     @property
     def index(self) -> Index:
@@ -3971,7 +3982,11 @@ class View:
         return at + 1 if at < len(self.uids) and self.uids[at] == uid else 0
 
     def recents(self) -> int:
-        return len(self.uids) - bisect.bisect_left(self.uids, self.recent)
+        at = [bisect.bisect_left(self.uids, uid) for uid in self.recent]
+        return sum(at[1::2]) - sum(at[::2])
+
+    def is_recent(self, uid: int) -> bool:
+        return bisect.bisect(self.recent, uid) % 2 == 1
 
     def folder(self) -> str:
         return "" if self.name == "INBOX" else "." + self.name
@@ -3990,7 +4005,8 @@ class View:
         if self.quiet():
             return []
         index = self.index
-        _, times = index.refresh(self.box(), not self.readonly, thorough=expunges)
+        claimed, times = index.refresh(self.box(), not self.readonly, thorough=expunges)
+        self.claim(claimed)
         with index.transaction("DEFERRED"):  # all of what follows is of one moment
             box = self.box()
             since = "WHERE box = ? AND modseq > ? AND uid < ? ORDER BY uid"
@@ -4002,7 +4018,7 @@ class View:
             if dead or fresh or changed:
                 self.uids  # noqa: B018  made now, of this moment
         lines = self.flag_lines() if len(box.keywords.split()) != self.keywords else []
-        lines += [describe(row, self.number(row[0]), row[0] >= self.recent) for row in changed]
+        lines += [describe(row, self.number(row[0]), self.is_recent(row[0])) for row in changed]
         self.name, self.modseq = box.name, box.modseq
         if expunges or not dead:
             lines += self.resize(dead, fresh)
@@ -4045,7 +4061,7 @@ class Candidate:
         self.row = row
         self.sizes = sizes  # those computed, for the index
         self.number = view.number(row.uid)
-        self.recent = row.uid >= view.recent
+        self.recent = view.is_recent(row.uid)
 
     @cached_property
     def message(self) -> Message:
@@ -4608,12 +4624,13 @@ class ImapSession(CommandSession):
     def status(self, name: str, items: list[str]) -> Step:
         index = Index.at(self.home)
         box = index.refresh(index.by_name(name))[0]
-        recent = self.view.recent if self.view and self.view.id == box.id else box.recent
         query = (
             "SELECT count(*), ifnull(sum(uid >= ?), 0), ifnull(sum(flags NOT LIKE '%S%'), 0)"
             " FROM message WHERE box = ?"
         )
-        count, recent, unseen = index.db.execute(query, (recent, box.id)).fetchone()
+        count, recent, unseen = index.db.execute(query, (box.recent, box.id)).fetchone()
+        if self.view and self.view.id == box.id and not self.view.readonly:
+            recent += self.view.recents()
         values = {
             "MESSAGES": count, "RECENT": recent, "UIDNEXT": box.uidnext, "UNSEEN": unseen,
             "UIDVALIDITY": box.uidvalidity, "HIGHESTMODSEQ": box.modseq,
