@@ -3797,7 +3797,10 @@ class Parser:
     # Arguments of whole commands
 
     def condstore(self) -> bool:
-        return self.take(b" ") and "CONDSTORE" in self.words()
+        words = self.words() if self.take(b" ") else []
+        if set(words) - {"CONDSTORE"}:
+            raise BadCommand("Unknown parameter")
+        return bool(words)
 
     def store(self) -> tuple[str, bool, int, str, list[str]]:
         since, how, silent = self.must(STORE).groups()
