@@ -4656,6 +4656,8 @@ class ImapSession(CommandSession):
         if begins != start:
             return None
         try:
+            if not size:
+                raise MailError("CANNOT", "Can't save a message without a byte")
             if size > self.config.mail_max_message_size:
                 raise MailError("TOOBIG", "Message is too large")
             index = Index.at(self.home)
