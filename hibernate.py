@@ -2569,8 +2569,8 @@ def settled(times: Times) -> bool:
 
 def listing(folder: bytes) -> dict[bytes, bytes]:
     """All messages: base name to file. new/ comes first: what moves to cur/ in between is seen."""
-    names = [b"new/" + name for name in os.listdir(folder + b"/new")]
-    names += [b"cur/" + name for name in os.listdir(folder + b"/cur")]
+    names = [b"new/" + file.name for file in os.scandir(folder + b"/new") if file.is_file()]
+    names += [b"cur/" + file.name for file in os.scandir(folder + b"/cur") if file.is_file()]
     return {base_of(name): name for name in names if not name.startswith(b".", 4)}
 
 
