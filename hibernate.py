@@ -1616,7 +1616,7 @@ SLOT = struct.Struct("<BBHHiiIQQ")
 # is the slot of the descriptor on which it will, with the session's number.
 FREE, HELD, GONE, OFFERED, CHANNEL = range(5)
 LIVING = (HELD, OFFERED, CHANNEL)
-SWEEP_TIME = 5.0  # seconds between two looks of a twin
+SWEEP_TIME = 2.0  # seconds between two looks of a twin
 
 
 class Sleeper(NamedTuple):
@@ -1957,11 +1957,11 @@ class Keeper(Service):
             if not copies[fd] and fd not in kept:
                 os.closerange(fd, fd + 1)  # which ignores errors
         ours.settimeout(SWEEP_TIME)
-        swept = 0.0
+        swept = -math.inf
         while True:
             if time.monotonic() - swept >= SWEEP_TIME:
-                self.sweep(copies)
                 swept = time.monotonic()
+                self.sweep(copies)
             try:
                 message, fds = receive(ours)
             except TimeoutError:
@@ -2999,7 +2999,7 @@ class Index:
             raise MailError("LIMIT", "Too many keywords in this mailbox")
         if (words := " ".join(known.values())) != box.keywords:
             self.db.execute("UPDATE mailbox SET keywords = ? WHERE id = ?", (words, box.id))
-        return names
+        return list(dict.fromkeys(names))
 
     def store(
         self, number: int, uids: Sequence[int], how: str, flags: str,
@@ -3327,7 +3327,8 @@ def decoded_words(value: bytes) -> str:
         text = decoded(untransferred(word[3], word[2].lower()), word[1])
         return text.encode("utf-8", "replace")
 
-    return ENCODED_WORD.sub(plain, re.sub(rb"\r\n(?=[ \t])", b"", value)).decode("utf-8", "replace")
+    value = re.sub(rb"\r\n[ \t]+", b" ", value)
+    return ENCODED_WORD.sub(plain, value).decode("utf-8", "replace")
 
 
 class Message:
