@@ -259,7 +259,10 @@ class Config(Section):
         self.program = program
         self.path = path
         self.folder = os.path.dirname(os.path.abspath(path)) if path else os.getcwd()
-        self.services = {r.name: Section(r.name, LIMITS, r.limits) for r in program.roles}
+        self.services = {
+            role.name: Section(f"service {role.name}", LIMITS, role.limits)
+            for role in program.roles
+        }
         self.listeners: dict[str, dict[str, Section]] = {name: {} for name in self.services}
         if path:
             with open(path, encoding="utf-8", errors="replace") as file:
@@ -309,7 +312,7 @@ class Config(Section):
                 self.values[name] = os.path.normpath(os.path.join(self.folder, path))
         if max(len(os.fsencode(self.inbox(name + ".new"))) for name in self.services) > 107:
             # sockaddr_un.sun_path, unix(7)
-            self.fail(self.lines["base_dir"], "base_dir: too long for a socket's name")
+            self.fail(self.lines.get("base_dir", 0), "base_dir: too long for a socket's name")
         for role in self.program.roles:
             service, listeners = self.services[role.name], self.listeners[role.name]
             if role.listener and not listeners:
