@@ -1521,11 +1521,10 @@ class Service:
         """The master is gone. What comes next has the same inboxes: hand everything over."""
         self.draining = True
         self.close_listeners()
-        self.invite(self.inbox.fileno(), READ)
-        self.loop.unwatch(self.inbox.fileno())
-        with contextlib.suppress(OSError):
-            self.inbox.shutdown(socket.SHUT_RDWR)  # a twin's copy would let senders wait in it
-        self.inbox.close()
+        if self.inbox.fileno() >= 0:
+            self.invite(self.inbox.fileno(), READ)
+            self.loop.unwatch(self.inbox.fileno())
+            end_socket(self.inbox)  # not only close(): in a twin's copy senders would wait
         self.loop.later(self.config.orphan_timeout, self.stop)
         for fd, _ in self.states():
             self.move_on(fd)
@@ -1850,7 +1849,9 @@ class Keeper(Service):
             self.waking[fd] = "input"  # now somebody waits: should this try fail, sooner
             self.mover.target[fd] = self.role.wakes, time.monotonic() + MOVE_TIME, b""
         sleeper = self.load(fd)
-        self.mark(fd, HELD)
+        if sleeper.state == GONE:  # an earlier "!" failed, and the twin may have let it go
+            self.mark(fd, HELD)
+            self.copy(fd)
         return Record(
             sleeper.tag, sleeper.received, sleeper.sent, "", "", *json.loads(sleeper.tail)
         ).encode()
@@ -1933,17 +1934,24 @@ class Keeper(Service):
             process.join()
             channel.close()
 
+    def drain(self) -> None:
+        self.tell_twin(b"drain")
+        super().drain()
+
     def copy(self, *fds: int) -> None:
         """To the twin: a session and the channel on which its "!" will come, perhaps after our
         death. No answer is needed: what is queued holds the descriptors, and the twin reads all
         of its queue before it sees the end. A twin that does not read is replaced."""
         for fd in fds:
-            if self.twin:
-                try:
-                    self.twin[1].send(b"%d" % fd, fd)
-                except OSError:
-                    self.end_twin()
-                    self.spawn_twin()  # its seed is the fork: it has all of them
+            self.tell_twin(b"%d" % fd, fd)
+
+    def tell_twin(self, message: bytes, fd: int = -1) -> None:
+        if self.twin:
+            try:
+                self.twin[1].send(message, fd)
+            except OSError:
+                self.end_twin()
+                self.spawn_twin()  # its seed is the fork: it has all of them
 
     def guard(self, ours: socket.socket, theirs: socket.socket) -> None:
         """The twin. Each number that it uses itself is in use in the keeper, too, so that no
@@ -1953,8 +1961,9 @@ class Keeper(Service):
         os.dup2(theirs.fileno(), ours.fileno(), inheritable=False)  # number that is another's now
         theirs.close()
         self.loop.close()
-        logs = {h.stream.fileno() for h in log.handlers if isinstance(h, logging.StreamHandler)}
-        kept = {0, 1, 2, ours.fileno(), self.channel.fileno(), self.inbox.fileno(), *logs}
+        for handler in log.handlers:
+            handler.close()  # its next line opens a log file anew, standard error stays open
+        kept = {0, 1, 2, ours.fileno(), self.channel.fileno(), self.inbox.fileno()}
         copies = bytearray(state in LIVING for state in self.memory[::SLOT_SIZE])
         for fd in range(self.slots):
             if not copies[fd] and fd not in kept:
@@ -1971,6 +1980,10 @@ class Keeper(Service):
                 continue
             if not message:
                 break
+            if message == b"drain":  # the keeper closes these now, and uses their numbers again
+                self.inbox.close()
+                self.channel.close()
+                continue
             if not fds:
                 os._exit(1)  # no descriptors left here: the keeper forks another
             number = int(message)
@@ -2006,6 +2019,9 @@ class Keeper(Service):
         log.error("the keeper was killed; its twin goes on with %d sessions", self.held)
         self.twin = None
         self.counts.clear()
+        if self.channel.fileno() < 0:  # the master was gone already, as this end of a pair tells
+            self.channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            other.close()
         self.start(self.channel)
         offered = {fd for fd, sleeper in slots.items() if sleeper.state == OFFERED}
         for fd, sleeper in slots.items():

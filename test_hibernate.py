@@ -2930,6 +2930,8 @@ class Drill(Bench):
                 if re.search("ERROR|WARNING", line) or (" ended: " in line and "INFO" in line):
                     print(line, file=sys.stderr)
             print(f"lost {len(gone - self.doomed)}")
+            mine = self.live.process.pid  # those of a killed master first hand over and end
+            eventually(lambda: self.live.processes() == processes(mine), 60)
             return not unanswered and not gone - self.doomed
 
     def connected(self):
