@@ -1166,8 +1166,9 @@ class Client:
         self.unlisten()
         for timer in filter(None, (self.timer, self.turn)):
             timer.cancel()
-        if self.reply and not self.reply.gi_running:
-            self.reply.close()
+        with contextlib.suppress(ValueError):  # it is the reply itself that ends the session
+            if self.reply:
+                self.reply.close()
         self.session.closed()
         self.service.clients.pop(self.fd, None)
 
@@ -1187,7 +1188,7 @@ class Service:
         self.generation = generation
         self.inbox = pool.inbox
         self.groups = pool.listeners  # one a listener: one socket, or one for each slot
-        self.limit = min(pool.settings.client_limit, file_limit() - RESERVE)
+        self.limit: int = min(pool.settings.client_limit, file_limit() - RESERVE)
         self.counts: collections.Counter[str] = collections.Counter()
         self.draining = False
         self.stretched = False  # all are full: take a few more from the inbox, or refuse them

@@ -1732,7 +1732,7 @@ def nonsense(random):
 
 
 def test_mutated_imap_on_both_sides_of_the_log_in_harms_nobody(server, user):
-    seconds = float(os.environ.get("FUZZ_SECONDS", "4"))
+    seconds = float(os.environ.get("FUZZ_SECONDS", "2"))
     chance = random.Random(int(os.environ.get("FUZZ_SEED", "1")))
     witness = Imap(server, next(server.fresh))
     services = ("imap-login", "imap", "auth")
