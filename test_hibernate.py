@@ -1149,6 +1149,32 @@ def limit_warnings(server):
     return [x for x in server.log().splitlines() if "WARNING" in x and "process_limit" in x]
 
 
+def test_when_all_log_in_processes_are_full_the_oldest_that_has_not_tried_gives_way():
+    limits = "service imap-login {\n client_limit = 10\n process_limit = 1\n}"
+    with Server(limits) as server:
+        idle = [Imap(server) for _ in range(10)]
+        for number in range(5):
+            with Imap(server, "alice") as newcomer:
+                newcomer.cmd("NOOP")
+        gone = [client for client in idle if not client.silent()]
+        assert gone == idle[: len(gone)] and 1 <= len(gone) <= 5
+        assert all("* BYE Too many connections" in client.ended() for client in gone)
+        assert limit_warnings(server)
+
+
+def test_a_log_in_that_finds_all_workers_full_waits_and_is_done_when_there_is_room():
+    limits = "service imap {\n client_limit = 2\n process_limit = 1\n}\nimap_hibernate_timeout = 0"
+    with Server(limits) as server:
+        first, second = Imap(server, "alice"), Imap(server, "alice")
+        third = Imap(server)
+        third.send(f"a LOGIN bob {server.password}\r\nb NOOP\r\n")
+        eventually(lambda: limit_warnings(server))
+        assert third.silent()
+        first.close()
+        assert third.until("^b ")[-1].startswith("b OK")
+        second.cmd("NOOP")
+
+
 def connected_pair():
     """(client's end, server's end) of a TCP connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -1670,6 +1696,23 @@ def test_without_descriptors_sessions_stay_where_they_are_and_nobody_spins():
 def cpu_of(pid):
     """Seconds of CPU that a process has used."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def test_a_service_whose_processes_die_at_their_start_is_throttled_and_the_others_live_on():
+    with Server(allow="Traceback|FileNotFoundError|SIGKILL|status 1|no new process") as server:
+        sleeper = Imap(server, "alice")
+        falls_asleep(server, "alice")
+        key = server.dir / "hibernate.run" / "key"
+        key.rename(f"{key}.aside")
+        os.kill(server.pids("imap")[0], signal.SIGKILL)
+        eventually(lambda: "no new process for 2 s" in server.log())
+        before, start = cpu_of(server.process.pid), time.monotonic()
+        eventually(lambda: "no new process for 4 s" in server.log())
+        assert cpu_of(server.process.pid) - before < 0.2 * (time.monotonic() - start)
+        assert server.log().count("status 1") == 2
+        Path(f"{key}.aside").rename(key)
+        assert Imap(server).greeting.startswith("* OK")
+        sleeper.cmd("NOOP")
 
 
 def test_an_overflow_of_the_event_queue_is_noticed():
