@@ -2112,8 +2112,8 @@ class Master:
         self.lock: int = inherited[0]
         self.generation: int = inherited[1]
         self.old_pids: set[int] = set(inherited[2])
-        self.inherited: dict[str, list[int]] = inherited[3]
-        self.groups: dict[str, list[socket.socket]] = {}  # what the next generation inherits
+        self.groups = {key: [socket.socket(fileno=fd) for fd in fds]
+                       for key, fds in inherited[3].items()}  # all listeners, see open_group()
         self.loop = Loop()
         self.pools: list[Pool] = []
         users = {service.user for service in config.services.values()} - {""}
@@ -2126,9 +2126,12 @@ class Master:
 
     def run(self) -> None:
         self.prepare_directory()
-        names = self.config.listeners
-        groups = {name: self.open_listeners(name) for name in names}  # all of them before a fork
-        close_all(itertools.chain(*self.inherited.values()))  # gone from the configuration
+        groups = self.open_listeners(self.config, BIND_TIME)  # all of them before a fork
+        wanted = [id(group) for group in itertools.chain(*groups.values())]
+        for key, group in list(self.groups.items()):
+            if id(group) not in wanted:  # gone from the configuration
+                for sock in self.groups.pop(key):
+                    sock.close()
         for role in self.config.program.roles:
             settings, inbox = self.config.services[role.name], self.open_inbox(role.name)
             self.pools.append(Pool(role, settings, inbox, groups[role.name]))
@@ -2164,20 +2167,37 @@ class Master:
                 file.write(secrets.token_bytes(32))
             os.rename(path + ".new", path)
 
-    def open_listeners(self, service: str) -> list[list[socket.socket]]:
-        """A group of SO_REUSEPORT sockets, one a slot, never shrinks while the master lives:
-        closing one resets what waits in it."""
-        groups = []
-        for name, listener in self.config.listeners[service].items():
-            count = self.config.services[service].process_limit if listener.reuse_port else 1
-            key = f"{service}/{name} {listener.address} {listener.port} {count}"
-            group = [socket.socket(fileno=fd) for fd in self.inherited.pop(key, [])]
-            while len(group) < count:
-                port = group[0].getsockname()[1] if group else listener.port
-                group.append(bind(listener.address, port, listener.reuse_port))
-            self.groups[key] = group
-            groups.append(group)
-        return groups
+    def open_listeners(
+        self, config: Config, patience: float
+    ) -> dict[str, list[list[socket.socket]]]:
+        """{service: groups} of `config`: what is open already, and what has to be bound."""
+        return {
+            service: [
+                self.open_group(f"{service}/{name}", listener, patience,
+                                config.services[service].process_limit)
+                for name, listener in listeners.items()
+            ] for service, listeners in config.listeners.items()
+        }  # fmt: skip
+
+    def open_group(
+        self, name: str, listener: Section, patience: float, slots: int
+    ) -> list[socket.socket]:
+        """One socket, or one SO_REUSEPORT socket a slot. A socket is closed only between two
+        generations, when the old one's processes accept what waits in it."""
+        key, other = (
+            f"{name} {listener.address} {listener.port} {shared}"
+            for shared in (listener.reuse_port, not listener.reuse_port)
+        )
+        group, before = self.groups.setdefault(key, []), self.groups.get(other, [])
+        if before and not listener.reuse_port and not group:
+            # Not socket.dup(): its settimeout() would make the listener a blocking one for all.
+            group.append(socket.socket(fileno=os.dup(before[0].fileno())))
+        for sock in before:  # or the port could not be bound again until these are closed
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        while len(group) < (slots if listener.reuse_port else 1):
+            port = next((s.getsockname()[1] for s in group + before), listener.port)
+            group.append(bind(listener.address, port, listener.reuse_port, patience))
+        return group
 
     def open_inbox(self, service: str) -> socket.socket:
         """Bound aside and renamed into place: the name never lacks a listener."""
@@ -2428,14 +2448,31 @@ class Master:
     def checked(self, process: subprocess.Popen[bytes], channel: Channel | None) -> None:
         self.check = None
         text = process.communicate()[0][:4000].decode("utf-8", "replace").strip()
-        word = f"refused: {text}" if process.returncode else "reloading"
+        if process.returncode:
+            text = text or f"the check ended with {process.returncode}"
+        else:
+            text = self.open_added_listeners()
+        word = f"refused: {text}" if text else "reloading"
         if channel:
             with contextlib.suppress(OSError):
                 channel.send(word.encode())
             channel.close()
-        log.log(logging.ERROR if process.returncode else logging.INFO, word)
-        if not process.returncode:
+        log.log(logging.ERROR if text else logging.INFO, word)
+        if not text:
             self.exec()
+
+    def open_added_listeners(self) -> str:
+        """Bind what a new configuration adds, while there is still a way back; or why not."""
+        had = {key: len(group) for key, group in self.groups.items()}
+        try:
+            self.open_listeners(Config(self.config.program, self.config.path), 0.0)
+        except (ConfigError, OSError, Unavailable) as error:
+            for key, group in self.groups.items():
+                for sock in group[had.get(key, 0) :]:
+                    sock.close()
+                del group[had.get(key, 0) :]
+            return str(error)
+        return ""
 
     def exec(self) -> NoReturn:
         """Become the new code and the new settings: same pid, same ports, same children."""
@@ -2449,9 +2486,9 @@ class Master:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
-def persist(attempt: Callable[[], Any], what: str) -> Any:
-    """Try for BIND_TIME seconds; then Unavailable. Only for a master that serves nobody yet."""
-    end = time.monotonic() + BIND_TIME
+def persist(attempt: Callable[[], Any], what: str, patience: float = BIND_TIME) -> Any:
+    """Try for some seconds, which only a master that serves nobody yet has; then Unavailable."""
+    end = time.monotonic() + patience
     while True:
         try:
             return attempt()
@@ -2465,10 +2502,10 @@ def persist(attempt: Callable[[], Any], what: str) -> Any:
         time.sleep(0.05)
 
 
-def bind(address: str, port: int, reuse_port: bool) -> socket.socket:
+def bind(address: str, port: int, reuse_port: bool, patience: float) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     create = partial(socket.create_server, family=family, backlog=4096, reuse_port=reuse_port)
-    sock: socket.socket = persist(lambda: create((address, port)), f"{address}:{port}")
+    sock: socket.socket = persist(lambda: create((address, port)), f"{address}:{port}", patience)
     sock.setblocking(False)
     return sock
 
