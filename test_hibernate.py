@@ -1271,6 +1271,16 @@ def test_a_flipped_bit_in_a_sealed_record_is_refused_and_logged(server, sender):
     assert "refused" in server.log()
 
 
+def test_a_record_of_another_release_is_understood_or_refused_but_never_guessed(hibernate):
+    record = hibernate.Record("t", 1, 2, "", "", "[]", "seal")
+    fields = json.loads(record.encode())
+    newer = json.dumps([*fields, "a field that is added later"]).encode()
+    assert hibernate.Record.decode(newer) == record  # what we do not know we leave out
+    for bad in (fields[:-1], [fields[0] + 1, *fields[1:]], [True, *fields[1:]], [], None):
+        with pytest.raises(ValueError):
+            hibernate.Record.decode(json.dumps(bad).encode())
+
+
 def test_a_swapped_a_late_and_a_malformed_hand_over_are_refused(server, sender):
     other, late = sender(), sender()
     swapped = sender()
@@ -1290,6 +1300,25 @@ def test_a_swapped_a_late_and_a_malformed_hand_over_are_refused(server, sender):
         device = sender()
         assert device.give(device.record(), file).startswith("-")
     eventually(lambda: server.log().count("refused") >= 12)
+
+
+def test_a_thousand_channels_that_never_speak_are_no_more_than_a_delay():
+    many_descriptors(1400)
+    with Server(users=["alice", "bob"]) as server:
+        awake = Imap(server, "alice")
+        silent = []
+        for _ in range(1000):
+            channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            channel.setblocking(False)
+            with contextlib.suppress(BlockingIOError):  # the backlog is full
+                channel.connect(str(server.dir / "hibernate.run" / "imap"))
+            silent.append(channel)
+        newcomer = Imap(server)
+        newcomer.send(f"a LOGIN bob {server.password}\r\nb NOOP\r\n")
+        awake.cmd("NOOP")
+        assert newcomer.until("^b ", 30)[-1].startswith("b OK")
+        for channel in silent:
+            channel.close()
 
 
 def test_a_reconnected_descriptor_is_refused(sender):
