@@ -1620,6 +1620,8 @@ SLOT = struct.Struct("<BBHHiiIQQ")
 FREE, HELD, GONE, OFFERED, CHANNEL = range(5)
 LIVING = (HELD, OFFERED, CHANNEL)
 SWEEP_TIME = 2.0  # seconds between two looks of a twin
+TWIN_TIME = 1000  # milliseconds that a keeper waits for a twin that does not read, at most
+ARMED = 200  # sessions that a survivor watches for mail before the others have a turn
 
 
 class Sleeper(NamedTuple):
@@ -1728,20 +1730,27 @@ class Keeper(Service):
         fd, sleeper, number = held
         self.held += 1
         self.counts["adopted"] += 1
-        self.store(fd, sleeper)
         self.mark(number, FREE)
         self.tend(fd, sleeper)
+        self.arm(fd)
 
     def tend(self, fd: int, sleeper: Sleeper) -> None:
         """A sleeper is ours from now on."""
+        self.store(fd, sleeper)
         self.turns[sleeper.beat].append(fd)
+        self.loop.watch(fd, READ, self.peeker)
+
+    def arm(self, fd: int) -> None:
+        """Watch its mailbox, which may have stirred while nobody would have noticed."""
+        sleeper = self.load(fd)
+        if sleeper.state != HELD or fd in self.waking:
+            return
         if self.draining:
             self.move_on(fd)
-        elif not (listening := self.listen(fd, sleeper)):
-            self.wake(fd, "mail")  # it stirred while nobody would have noticed
-        else:
+        elif listening := self.listen(fd, sleeper):
             self.store(fd, listening)
-            self.loop.watch(fd, READ, self.peeker)
+        else:
+            self.wake(fd, "mail")
 
     def abandon(self, held: Any, shutdown: bool = False) -> None:
         fd, sleeper, number = held
@@ -1947,12 +1956,20 @@ class Keeper(Service):
             self.tell_twin(b"%d" % fd, fd)
 
     def tell_twin(self, message: bytes, fd: int = -1) -> None:
-        if self.twin:
+        if not self.twin:
+            return
+        channel = self.twin[1]
+        try:
             try:
-                self.twin[1].send(message, fd)
-            except OSError:
-                self.end_twin()
-                self.spawn_twin()  # its seed is the fork: it has all of them
+                channel.send(message, fd)
+            except BlockingIOError:  # it is behind: a new one would cost more than to wait
+                room = select.poll()
+                room.register(channel.sock.fileno(), select.POLLOUT)
+                room.poll(TWIN_TIME)
+                channel.send(message, fd)
+        except OSError:
+            self.end_twin()
+            self.spawn_twin()  # its seed is the fork: it has all of them
 
     def guard(self, ours: socket.socket, theirs: socket.socket) -> None:
         """The twin. Each number that it uses itself is in use in the keeper, too, so that no
@@ -2025,10 +2042,12 @@ class Keeper(Service):
             other.close()
         self.start(self.channel)
         offered = {fd for fd, sleeper in slots.items() if sleeper.state == OFFERED}
+        sleepers = [fd for fd, sleeper in slots.items() if sleeper.state == HELD]
+        for fd in sleepers:  # who speaks is answered at once; to arm 10,000 takes a second
+            self.tend(fd, slots[fd])
+        self.arm_all(sleepers)
         for fd, sleeper in slots.items():
-            if sleeper.state == HELD:
-                self.tend(fd, sleeper)
-            elif sleeper.state == CHANNEL and (session := int(sleeper.tail)) in offered:
+            if sleeper.state == CHANNEL and (session := int(sleeper.tail)) in offered:
                 offered.discard(session)
                 held = session, slots[session]._replace(state=HELD), fd
                 self.expect(socket.socket(fileno=fd), held, COMMIT_TIME)
@@ -2037,6 +2056,12 @@ class Keeper(Service):
             os.close(fd)
         self.loop.run()
         self.end_twin()
+
+    def arm_all(self, fds: list[int]) -> None:
+        for fd in fds[:ARMED]:
+            self.arm(fd)
+        if len(fds) > ARMED:
+            self.loop.later(0, partial(self.arm_all, fds[ARMED:]))
 
 
 # ------------------------------------------------------------------------------------------------
