@@ -84,7 +84,7 @@ from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from encodings.aliases import aliases
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from logging.handlers import WatchedFileHandler
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -3548,26 +3548,22 @@ Step = Generator["bytes | Ask | Pause | Move", Any, str]
 # socket. Who asks faces the world and may be taken over, so no request is trusted, and a refusal
 # tells neither by its words nor by its time whether there is such a user.
 
-USER_NAME = re.compile(r"(?!\.)(?!.*\.\.)[a-z0-9._@-]{1,128}")  # becomes part of a path
-PBKDF2 = re.compile(r"\$1\$([^$]*)\$([1-9][0-9]{0,6})\$([0-9a-fA-F]{40})")
 REFUSED = "[AUTHENTICATIONFAILED] Authentication failed."
 PBKDF2_ROUNDS = 100_000  # 25 ms of a processor for each log-in; Dovecot's default is 5000
-
-
-def digest_of(scheme: str, password: str, salt: bytes, rounds: int) -> bytes:
-    found = password.encode("utf-8", "surrogateescape")
-    if scheme == "SSHA512":
-        return hashlib.sha512(found + salt).digest()
-    return hashlib.pbkdf2_hmac("sha1", found, salt, rounds) if scheme == "PBKDF2" else found
+DIGESTS: dict[str, Callable[[bytes, bytes, int], bytes]] = {  # of password, salt and rounds
+    "PLAIN": lambda password, *_: password,
+    "SSHA512": lambda password, salt, _: hashlib.sha512(password + salt).digest(),
+    "PBKDF2": partial(hashlib.pbkdf2_hmac, "sha1"),
+}
 
 
 class Secret(NamedTuple):
     """A stored password; the greater, the dearer is its check."""
 
-    rounds: int
-    scheme: str
-    salt: bytes
-    digest: bytes
+    rounds: int = 0
+    scheme: str = "PLAIN"
+    salt: bytes = b""
+    digest: bytes = b""
 
     @classmethod
     def read(cls, stored: str) -> Secret:
@@ -3575,17 +3571,18 @@ class Secret(NamedTuple):
         match = re.fullmatch(r"\{([^{}]*)\}(.+)", stored)
         scheme, text = (match[1].upper(), match[2]) if match else ("", "")
         if scheme in ("PLAIN", "CLEARTEXT"):
-            return cls(0, "PLAIN", b"", text.encode("utf-8", "surrogateescape"))
+            return cls(digest=text.encode("utf-8", "surrogateescape"))
         if scheme == "SSHA512" and len(raw := base64.b64decode(text, validate=True)) > 64:
             return cls(1, scheme, raw[64:], raw[:64])
-        if scheme == "PBKDF2" and (found := PBKDF2.fullmatch(text)):
+        found = re.fullmatch(r"\$1\$([^$]*)\$([1-9]\d{0,6})\$([0-9a-fA-F]{40})", text, re.A)
+        if scheme == "PBKDF2" and found:
             return cls(int(found[2]), scheme, found[1].encode(), bytes.fromhex(found[3]))
         # Without a scheme Dovecot reads CRYPT; to take such a hash for the password gives it away.
         raise ValueError(f"not {{PLAIN}}, {{SSHA512}} or {{PBKDF2}} and a password: {{{scheme}}}")
 
     def fits(self, password: str) -> bool:
-        found = digest_of(self.scheme, password, self.salt, self.rounds)
-        return hmac.compare_digest(found, self.digest)
+        given = password.encode("utf-8", "surrogateescape")
+        return hmac.compare_digest(DIGESTS[self.scheme](given, self.salt, self.rounds), self.digest)
 
 
 def encode_password(scheme: str, password: str) -> str:
@@ -3595,60 +3592,41 @@ def encode_password(scheme: str, password: str) -> str:
     True
     """
     scheme, salt = scheme.upper(), secrets.token_hex(8)
-    digest = digest_of(scheme, password, salt.encode(), PBKDF2_ROUNDS)
-    if scheme == "SSHA512":
-        return "{SSHA512}" + base64.b64encode(digest + salt.encode()).decode()
-    if scheme == "PBKDF2":
-        return f"{{PBKDF2}}$1${salt}${PBKDF2_ROUNDS}${digest.hex()}"
-    if scheme != "PLAIN" or not password or re.search("[:\0\r\n]", password):
+    if scheme not in DIGESTS or scheme == "PLAIN" and not re.fullmatch("[^:\0\r\n]+", password):
         raise ValueError("PLAIN, SSHA512 or PBKDF2; PLAIN neither empty nor with a colon")
-    return "{PLAIN}" + password
+    given = password.encode("utf-8", "surrogateescape")
+    digest = DIGESTS[scheme](given, salt.encode(), PBKDF2_ROUNDS)
+    return f"{{{scheme}}}" + {
+        "PLAIN": password,
+        "SSHA512": base64.b64encode(digest + salt.encode()).decode(),
+        "PBKDF2": f"$1${salt}${PBKDF2_ROUNDS}${digest.hex()}",
+    }[scheme]
 
 
-class PasswordFile:
-    """Dovecot's passwd-file, read again when it has changed; a wrong line costs only its user."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self.version = path, (0, 0, 0)
-        self.users: dict[str, tuple[Secret, str]] = {}  # the secret, and the home if one is named
-        self.dearest = Secret(0, "PLAIN", b"", b"")
-
-    def refresh(self) -> None:
-        found = os.stat(self.path)
-        version = found.st_mtime_ns, found.st_size, found.st_ino
-        if version == self.version:
-            return
-        with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
-            lines = file.read().split("\n")
-        self.users, self.version = {}, version
-        for number, line in enumerate(lines, 1):
+@lru_cache(1)
+def read_passwords(path: str, version: object) -> tuple[dict[str, tuple[Secret, str]], Secret]:
+    """Dovecot's passwd-file, read again when its `version` has changed: secret and home ("" if
+    none is named) of each user, and the dearest secret. A wrong line costs only its user."""
+    users: dict[str, tuple[Secret, str]] = {}
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            name, stored, _, _, _, home, *_ = (line.rstrip("\n") + ":" * 6).split(":")
+            if not line.strip() or line.startswith("#"):
+                continue
             try:
-                if line.strip() and not line.startswith("#"):
-                    self.add(*(line + ":" * 6).split(":"))
+                # It becomes part of a path.
+                if name in users or not re.fullmatch(r"(?!\.)(?!.*\.\.)[a-z0-9._@-]{1,128}", name):
+                    raise ValueError("not a user name (in lower case), or it has an earlier line")
+                users[name] = Secret.read(stored), home
             except ValueError as error:
-                log.warning("%s:%d: %s", self.path, number, error)
-        self.dearest = max((secret for secret, _ in self.users.values()), default=self.dearest)
-
-    def add(self, name: str, stored: str, *others: str) -> None:
-        if name in self.users or not USER_NAME.fullmatch(name):
-            raise ValueError("not a user name (letters are lower case), or it has an earlier line")
-        self.users[name] = Secret.read(stored), others[3]
-
-    def check(self, user: str, password: str) -> str | None:
-        """The user's home ("" if none is named), or None: then it took as long as the dearest."""
-        secret, home = self.users.get(user, (self.dearest, ""))
-        if secret.fits(password) and user in self.users:
-            return home
-        if secret.rounds < self.dearest.rounds:
-            self.dearest.fits(password)
-        return None
+                log.warning("%s:%d: %s", path, number, error)
+    return users, max((secret for secret, _ in users.values()), default=Secret())
 
 
 class AuthSession(Session):
     """[identity, sid, remote, user, password] -> ["ok", user, ticket, seal] or ["no", reason]."""
 
     input_limit = 8 * 1024
-    files: dict[str, PasswordFile] = {}  # of this process; nothing is read before the fork
 
     def step(self) -> Reply | None:
         return self.answer() if self.buffer else None
@@ -3670,9 +3648,12 @@ class AuthSession(Session):
         if not re.fullmatch("[!-~]{0,400}", identity + sid + remote) or len(password) > 1024:
             raise ValueError("not a request")
         path, user = self.config.passwd_file, name.lower()  # Dovecot's auth_username_format, %Lu
-        passwords = self.files.setdefault(path, PasswordFile(path))
-        passwords.refresh()
-        if (home := passwords.check(user, password)) is None:
+        found = os.stat(path)
+        users, dearest = read_passwords(path, (found.st_mtime_ns, found.st_size, found.st_ino))
+        secret, home = users.get(user, (dearest, ""))
+        if not secret.fits(password) or user not in users:
+            if secret.rounds < dearest.rounds:  # a refusal takes as long as the dearest
+                dearest.fits(password)
             log.info("<%s> auth: wrong password or no such user: %.64r", sid, name)
             return ["no", REFUSED]
         home = home if os.path.isabs(home) else home_of(self.config, user)
