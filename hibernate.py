@@ -3517,7 +3517,7 @@ CAPABILITY = "IMAP4rev1 LITERAL+ SASL-IR ID ENABLE IDLE"
 SYSTEM_FLAGS = "\\Answered \\Flagged \\Deleted \\Seen \\Draft"
 LOGIN_INPUT = 8 * 1024  # bytes of a command with its literals before log-in
 BAD_LIMIT = 20  # bad commands in a row until BYE; before log-in 3
-NESTING = 50  # levels of a SEARCH
+NESTING = 100  # levels of a SEARCH, at most 4 calls of Python each: far below its limit of 1000
 BATCH, BATCH_READ = 500, 25  # messages at a time: by the index alone; reading their files
 STAR = 2**32  # "*" in a sequence set
 
@@ -3526,18 +3526,11 @@ ASTRING = re.compile(rb'[^\x00-\x20\x7f-\xff(){%*"\\]+')
 LIST_PATTERN = re.compile(rb'[^\x00-\x20\x7f-\xff(){"\\]+')
 QUOTED_STRING = re.compile(rb'"((?:[^"\\\r\n\x00]|\\["\\])*)"')
 LITERAL = re.compile(rb"\{(\d{1,18})(\+?)\}\r?\n")
-NUMBER = re.compile(rb"\d{1,18}")
 RANGE = rb"(?:[1-9]\d{0,9}|\*)(?::(?:[1-9]\d{0,9}|\*))?"
 SET = re.compile(rb"%b(?:,%b)*" % (RANGE, RANGE))
-ENTRY = re.compile(QUOTED_STRING.pattern + rb" [a-z]+ ", re.I)
-FETCH_NAME = re.compile(rb"[A-Za-z0-9.]+")
-FETCH_MACRO = re.compile(rb"(?:ALL|FAST|FULL)(?= |$)", re.I)
 SECTION = re.compile(
-    rb"\[((?:[1-9]\d{0,8}\.)*[1-9]\d{0,8}(?=\])|(?:[1-9]\d{0,8}\.)*)"
-    rb"(HEADER\.FIELDS(?:\.NOT)?(?= )|(?:HEADER|TEXT|MIME|)(?=\]))", re.I)
-STORE = re.compile(rb"(?:\(UNCHANGEDSINCE (\d{1,18})\) )?([+-]?)FLAGS(\.SILENT)? ", re.I)
-CHANGEDSINCE = re.compile(rb" \(CHANGEDSINCE (\d{1,18})\)", re.I)
-PARTIAL = re.compile(rb"<(\d{1,10})\.([1-9]\d{0,9})>")
+    rb"\[((?:[1-9]\d{0,8}(?:\.|(?=\])))*)"
+    rb"(HEADER\.FIELDS(?:\.NOT)?(?= )|(?:HEADER|TEXT|(?<=\.)MIME|(?<!\.))(?=\]))", re.I)
 TAG = re.compile(rb"[!#$&',\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]{1,64}")
 SLEEPER_INPUT = re.compile(rb"(DONE\r?\n)?(?:(%b) IDLE\r?\n)?" % TAG.pattern, re.I)
 
@@ -3695,30 +3688,31 @@ class Parser:
         self.depth = 0
 
     def sees(self, token: bytes) -> bool:
-        return self.text[self.at : self.at + len(token)].upper() == token
+        return self.text.startswith(token, self.at)
 
     def take(self, token: bytes) -> bool:
-        found = self.sees(token)
-        self.at += len(token) * found
-        return found
+        return bool(self.may(re.escape(token)))
 
     def need(self, token: bytes) -> None:
         if not self.take(token):
             raise BadCommand("Missing " + ("argument" if token == b" " else repr(token.decode())))
 
-    def may(self, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
-        found = pattern.match(self.text, self.at)
+    def may(self, pattern: bytes | re.Pattern[bytes]) -> re.Match[bytes] | None:
+        found = re.compile(pattern).match(self.text, self.at)
         self.at = found.end() if found else self.at
         return found
 
-    def must(self, pattern: re.Pattern[bytes], what: str = "arguments") -> re.Match[bytes]:
+    def must(self, pattern: bytes | re.Pattern[bytes], what: str = "arguments") -> re.Match[bytes]:
         if not (found := self.may(pattern)):
             raise BadCommand(f"Invalid {what}")
         return found
 
     def end(self) -> None:
-        if self.at < len(self.text):
+        if self.at != len(self.text):
             raise BadCommand("Unexpected text after the arguments")
+
+    def rest(self) -> bytes:
+        return self.must(rb"(?s).*")[0]
 
     def atom(self) -> str:
         return self.must(ATOM)[0].decode().upper()
@@ -3730,8 +3724,6 @@ class Parser:
             return re.sub(rb"\\(.)", rb"\1", found[1])
         size = int(self.must(LITERAL)[1])
         self.at += size
-        if self.at > len(self.text):
-            raise BadCommand("Invalid literal")
         return self.text[self.at - size : self.at]
 
     def mailbox(self, plain: re.Pattern[bytes] = ASTRING) -> str:
@@ -3742,7 +3734,7 @@ class Parser:
         return self.mailbox(LIST_PATTERN)
 
     def number(self) -> int:
-        return int(self.must(NUMBER, "number")[0])
+        return int(self.must(rb"\d{1,18}", "number")[0])
 
     def several(self, item: Callable[[], Any]) -> list[Any]:
         found = [item()]
@@ -3760,18 +3752,12 @@ class Parser:
     def words(self) -> list[str]:
         return self.items(self.atom)
 
-    def rest(self) -> bytes:
-        text, self.at = self.text[self.at :], len(self.text)
-        return text
-
     def sequence(self) -> Ranges:
-        ranges, text = Ranges(), self.must(SET, "messageset")[0]
-        if any(int(number) >= STAR for number in NUMBER.findall(text)):
+        text = self.must(SET, "messageset")[0]
+        if any(int(number) >= STAR for number in re.findall(rb"\d+", text)):
             raise BadCommand("Number too large")
-        for part in text.split(b","):
-            ends = [STAR if end == b"*" else int(end) for end in part.split(b":")]
-            ranges.append((min(ends), max(ends)))
-        return ranges
+        parts = [part.split(b":") for part in text.replace(b"*", b"%d" % STAR).split(b",")]
+        return [(int(ends[0]), int(ends[-1])) for ends in parts]
 
     def flag(self) -> str:
         if not self.take(b"\\"):
@@ -3804,8 +3790,8 @@ class Parser:
         return bool(words)
 
     def store(self) -> tuple[str, bool, int, str, list[str]]:
-        since, how, silent = self.must(STORE).groups()
-        return how.decode(), bool(silent), int(since or 2**63), *self.flags()
+        found = self.must(rb"(?i)(?:\(UNCHANGEDSINCE (\d{1,18})\) )?([+-]?)FLAGS(\.SILENT)? ")
+        return found[2].decode(), bool(found[3]), int(found[1] or 2**63), *self.flags()
 
     def append(self) -> tuple[str, str, list[str], float | None, int]:
         """All that comes before APPEND's message, and where that begins."""
@@ -3817,24 +3803,22 @@ class Parser:
         if self.sees(b'"'):
             when = self.time("%d-%b-%Y %H:%M:%S %z").timestamp()
             self.need(b" ")
-        start = self.at
-        self.must(LITERAL)
-        return name, flags, keywords, when, start
+        return name, flags, keywords, when, self.must(LITERAL).start()
 
     def fetch(self) -> tuple[list[Item], int]:
         if self.sees(b"("):
             items = self.items(self.fetch_item)
-        elif macro := self.may(FETCH_MACRO):
+        elif macro := self.may(rb"(?i)(ALL|FAST|FULL)(?= |$)"):
             count = {b"FAST": 3, b"ALL": 4, b"FULL": 5}[macro[0].upper()]
             names = (b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"ENVELOPE", b"BODY")
             items = [Item(each, each) for each in names[:count]]
         else:
             items = [self.fetch_item()]
-        since = self.may(CHANGEDSINCE)
+        since = self.may(rb"(?i) \(CHANGEDSINCE (\d{1,18})\)")
         return items, int(since[1]) if since else -1
 
     def fetch_item(self) -> Item:
-        name = self.must(FETCH_NAME, "FETCH item")[0].upper()
+        name = self.must(rb"[A-Za-z0-9.]+", "FETCH item")[0].upper()
         if self.sees(b"[") and name in (b"BODY", b"BODY.PEEK"):
             return self.section(name == b"BODY")
         if name in (b"RFC822", b"RFC822.TEXT", b"RFC822.HEADER"):
@@ -3845,27 +3829,23 @@ class Parser:
 
     def section(self, seen: bool) -> Item:
         found = self.must(SECTION, "BODY[...] section")
+        part = tuple(int(number) for number in found[1].split(b".") if number)
         what, label = found[2].decode().upper(), b"BODY" + found[0].upper()
         fields: tuple[str, ...] = ()
-        part = tuple(int(number) for number in found[1].split(b".") if number)
-        if what == "MIME" and not part or not what and found[1].endswith(b"."):
-            raise BadCommand("Invalid BODY[...] section")
-        if what.startswith("HEADER.F"):
-            self.need(b" ")
+        if self.take(b" "):
             fields = tuple(name.decode("latin-1").upper() for name in self.items(self.astring))
             label += b" (" + b" ".join(atom_or_quoted(name) for name in fields) + b")"
         self.need(b"]")
-        label += b"]"
-        if not (partial := self.may(PARTIAL)):
-            return Item(label, b"[]", part, what, fields, seen=seen)
-        start, length = int(partial[1]), int(partial[2])
-        return Item(label + b"<%d>" % start, b"[]", part, what, fields, start, length, seen)
+        partial = self.may(rb"<(\d{1,10})\.([1-9]\d{0,9})>")
+        start, length = (int(partial[1]), int(partial[2])) if partial else (0, STAR)
+        label += b"]<%d>" % start if partial else b"]"
+        return Item(label, b"[]", part, what, fields, start, length, seen)
 
     # SEARCH
 
     def search(self) -> tuple[Key, bool]:
         """The keys as one, and whether MODSEQ may be among them."""
-        if self.take(b"CHARSET "):
+        if self.may(rb"(?i)CHARSET "):
             charset = self.astring().upper()
             if charset not in (b"US-ASCII", b"UTF-8"):
                 raise MailError("BADCHARSET (US-ASCII UTF-8)", "Unknown charset")
@@ -3874,9 +3854,9 @@ class Parser:
         return every(self.several(self.key)), b"MODSEQ" in self.text.upper()
 
     def key(self) -> Key:
-        self.depth += 1
         if self.depth > NESTING:
             raise BadCommand("Too many levels in SEARCH")
+        self.depth += 1
         if self.sees(b"("):
             key = every(self.items(self.key))
         elif SET.match(self.text, self.at):
@@ -3910,7 +3890,7 @@ class Parser:
             raise BadCommand("Invalid text for this charset") from None
 
     def modseq(self) -> int:
-        self.may(ENTRY)  # its name and type; all entries have one MODSEQ here
+        self.may(QUOTED_STRING.pattern + rb" [a-zA-Z]+ ")  # an entry; all have one MODSEQ here
         return self.number()
 
     def header_name(self) -> str:
