@@ -3519,7 +3519,7 @@ LOGIN_INPUT = 8 * 1024  # bytes of a command with its literals before log-in
 BAD_LIMIT = 20  # bad commands in a row until BYE; before log-in 3
 NESTING = 100  # levels of a SEARCH, at most 4 calls of Python each: far below its limit of 1000
 BATCH, BATCH_READ = 500, 25  # messages at a time: by the index alone; reading their files
-STAR = 2**32  # "*" in a sequence set
+STAR = 10**10  # "*" in a sequence set: above every number that SET takes
 
 ATOM = re.compile(rb'[^\x00-\x20\x7f-\xff(){%*"\\\]]+')
 ASTRING = re.compile(rb'[^\x00-\x20\x7f-\xff(){%*"\\]+')
@@ -3684,7 +3684,6 @@ class Parser:
     def __init__(self, text: bytes) -> None:
         self.text = text
         self.at = 0
-        self.charset = "utf-8"
         self.depth = 0
 
     def sees(self, token: bytes) -> bool:
@@ -3753,10 +3752,8 @@ class Parser:
         return self.items(self.atom)
 
     def sequence(self) -> Ranges:
-        text = self.must(SET, "messageset")[0]
-        if any(int(number) >= STAR for number in re.findall(rb"\d+", text)):
-            raise BadCommand("Number too large")
-        parts = [part.split(b":") for part in text.replace(b"*", b"%d" % STAR).split(b",")]
+        text = self.must(SET, "messageset")[0].replace(b"*", b"%d" % STAR)
+        parts = [part.split(b":") for part in text.split(b",")]
         return [(int(ends[0]), int(ends[-1])) for ends in parts]
 
     def flag(self) -> str:
@@ -3781,13 +3778,8 @@ class Parser:
     def day(self) -> int:
         return self.time("%d-%b-%Y").toordinal()
 
-    # Arguments of whole commands
-
     def condstore(self) -> bool:
-        words = self.words() if self.take(b" ") else []
-        if set(words) - {"CONDSTORE"}:
-            raise BadCommand("Unknown parameter")
-        return bool(words)
+        return bool(self.may(rb"(?i) \(CONDSTORE\)"))
 
     def store(self) -> tuple[str, bool, int, str, list[str]]:
         found = self.must(rb"(?i)(?:\(UNCHANGEDSINCE (\d{1,18})\) )?([+-]?)FLAGS(\.SILENT)? ")
@@ -3806,14 +3798,12 @@ class Parser:
         return name, flags, keywords, when, self.must(LITERAL).start()
 
     def fetch(self) -> tuple[list[Item], int]:
-        if self.sees(b"("):
-            items = self.items(self.fetch_item)
-        elif macro := self.may(rb"(?i)(ALL|FAST|FULL)(?= |$)"):
+        if macro := self.may(rb"(?i)(ALL|FAST|FULL)(?= |$)"):
             count = {b"FAST": 3, b"ALL": 4, b"FULL": 5}[macro[0].upper()]
             names = (b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"ENVELOPE", b"BODY")
             items = [Item(each, each) for each in names[:count]]
         else:
-            items = [self.fetch_item()]
+            items = self.items(self.fetch_item) if self.sees(b"(") else [self.fetch_item()]
         since = self.may(rb"(?i) \(CHANGEDSINCE (\d{1,18})\)")
         return items, int(since[1]) if since else -1
 
@@ -3841,15 +3831,11 @@ class Parser:
         label += b"]<%d>" % start if partial else b"]"
         return Item(label, b"[]", part, what, fields, start, length, seen)
 
-    # SEARCH
-
     def search(self) -> tuple[Key, bool]:
         """The keys as one, and whether MODSEQ may be among them."""
         if self.may(rb"(?i)CHARSET "):
-            charset = self.astring().upper()
-            if charset not in (b"US-ASCII", b"UTF-8"):
+            if self.astring().upper() not in (b"US-ASCII", b"UTF-8"):
                 raise MailError("BADCHARSET (US-ASCII UTF-8)", "Unknown charset")
-            self.charset = charset.decode()
             self.need(b" ")
         return every(self.several(self.key)), b"MODSEQ" in self.text.upper()
 
@@ -3885,7 +3871,7 @@ class Parser:
 
     def words_sought(self) -> str:
         try:
-            return self.astring().decode(self.charset).casefold()
+            return self.astring().decode().casefold()
         except ValueError:
             raise BadCommand("Invalid text for this charset") from None
 
