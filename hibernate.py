@@ -84,7 +84,7 @@ from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from encodings.aliases import aliases
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial, partialmethod
 from logging.handlers import WatchedFileHandler
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -3579,11 +3579,7 @@ class Secret(NamedTuple):
 
 
 def encode_password(scheme: str, password: str) -> str:
-    """`{SCHEME}...` for a passwd-file, as by `doveadm pw`; ValueError: it can't be written so.
-
-    >>> Secret.read(encode_password("SSHA512", "secret")).fits("secret")
-    True
-    """
+    """`{SCHEME}...` for a passwd-file, as by `doveadm pw`; ValueError: it can't be written so."""
     scheme, salt = scheme.upper(), secrets.token_hex(8)
     if scheme not in DIGESTS or scheme == "PLAIN" and not re.fullmatch("[^:\0\r\n]+", password):
         raise ValueError("PLAIN, SSHA512 or PBKDF2; PLAIN neither empty nor with a colon")
@@ -3729,27 +3725,25 @@ class Parser:
         name = self.astring(plain).decode("latin-1")
         return "INBOX" + name[5:] if re.match(r"(?i)inbox(\.|$)", name) else name
 
-    def pattern(self) -> str:
-        return self.mailbox(LIST_PATTERN)
+    pattern = partialmethod(mailbox, LIST_PATTERN)
 
     def number(self) -> int:
         return int(self.must(rb"\d{1,18}", "number")[0])
 
-    def several(self, item: Callable[[], Any]) -> list[Any]:
-        found = [item()]
+    def several(self, item: Callable[[Parser], Any]) -> list[Any]:
+        found = [item(self)]
         while self.take(b" "):
-            found.append(item())
+            found.append(item(self))
         return found
 
-    def items(self, item: Callable[[], Any], least: int = 1) -> list[Any]:
+    def items(self, item: Callable[[Parser], Any], least: int = 1) -> list[Any]:
         """A parenthesised list."""
         self.need(b"(")
         found = [] if not least and self.sees(b")") else self.several(item)
         self.need(b")")
         return found
 
-    def words(self) -> list[str]:
-        return self.items(self.atom)
+    words = partialmethod(items, atom)
 
     def sequence(self) -> Ranges:
         text = self.must(SET, "messageset")[0].replace(b"*", b"%d" % STAR)
@@ -3757,15 +3751,14 @@ class Parser:
         return [(int(ends[0]), int(ends[-1])) for ends in parts]
 
     def flag(self) -> str:
-        if not self.take(b"\\"):
-            return self.must(ATOM, "flag")[0].decode()[:100]
-        if (name := "\\" + self.atom().capitalize()) not in LETTERS:
+        name = self.must(rb"\\?" + ATOM.pattern, "flag")[0].decode()[:100]
+        if name[0] == "\\" and (name := name.title()) not in LETTERS:
             raise BadCommand(f"Invalid system flag {name}")
         return name
 
     def flags(self) -> tuple[str, list[str]]:
         """(letters of system flags, keywords); STORE does without parentheses, too."""
-        names = self.items(self.flag, 0) if self.sees(b"(") else self.several(self.flag)
+        names = self.items(Parser.flag, 0) if self.sees(b"(") else self.several(Parser.flag)
         letters = sorted({LETTERS[name] for name in names if name in LETTERS})
         return "".join(letters), [name for name in names if name not in LETTERS]
 
@@ -3803,7 +3796,7 @@ class Parser:
             names = (b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"ENVELOPE", b"BODY")
             items = [Item(each, each) for each in names[:count]]
         else:
-            items = self.items(self.fetch_item) if self.sees(b"(") else [self.fetch_item()]
+            items = self.items(Parser.fetch_item) if self.sees(b"(") else [self.fetch_item()]
         since = self.may(rb"(?i) \(CHANGEDSINCE (\d{1,18})\)")
         return items, int(since[1]) if since else -1
 
@@ -3823,7 +3816,7 @@ class Parser:
         what, label = found[2].decode().upper(), b"BODY" + found[0].upper()
         fields: tuple[str, ...] = ()
         if self.take(b" "):
-            fields = tuple(name.decode("latin-1").upper() for name in self.items(self.astring))
+            fields = tuple(name.decode("latin-1").upper() for name in self.items(Parser.astring))
             label += b" (" + b" ".join(atom_or_quoted(name) for name in fields) + b")"
         self.need(b"]")
         partial = self.may(rb"<(\d{1,10})\.([1-9]\d{0,9})>")
@@ -3837,14 +3830,14 @@ class Parser:
             if self.astring().upper() not in (b"US-ASCII", b"UTF-8"):
                 raise MailError("BADCHARSET (US-ASCII UTF-8)", "Unknown charset")
             self.need(b" ")
-        return every(self.several(self.key)), b"MODSEQ" in self.text.upper()
+        return every(self.several(Parser.key)), b"MODSEQ" in self.text.upper()
 
     def key(self) -> Key:
         if self.depth > NESTING:
             raise BadCommand("Too many levels in SEARCH")
         self.depth += 1
         if self.sees(b"("):
-            key = every(self.items(self.key))
+            key = every(self.items(Parser.key))
         elif SET.match(self.text, self.at):
             ranges = self.sequence()
             key = Key(0, lambda m: within(m.number, ranges, len(m.view.uids)))
@@ -3870,17 +3863,13 @@ class Parser:
         return Key(cost, lambda m: test(m, *values))
 
     def words_sought(self) -> str:
-        try:
-            return self.astring().decode().casefold()
-        except ValueError:
-            raise BadCommand("Invalid text for this charset") from None
+        return self.astring().decode(errors="replace").casefold()
+
+    header_name = words_sought
 
     def modseq(self) -> int:
         self.may(QUOTED_STRING.pattern + rb" [a-zA-Z]+ ")  # an entry; all have one MODSEQ here
         return self.number()
-
-    def header_name(self) -> str:
-        return self.astring().decode("latin-1")
 
 
 @dataclass
