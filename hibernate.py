@@ -3543,20 +3543,14 @@ Step = Generator["bytes | Ask | Pause | Move", Any, str]
 
 REFUSED = "[AUTHENTICATIONFAILED] Authentication failed."
 PBKDF2_ROUNDS = 100_000  # 25 ms of a processor for each log-in; Dovecot's default is 5000
-DIGESTS: dict[str, Callable[[bytes, bytes, int], bytes]] = {  # of password, salt and rounds
-    "PLAIN": lambda password, *_: password,
-    "SSHA512": lambda password, salt, _: hashlib.sha512(password + salt).digest(),
-    "PBKDF2": partial(hashlib.pbkdf2_hmac, "sha1"),
-}
 
 
 class Secret(NamedTuple):
-    """A stored password; the greater, the dearer is its check."""
+    """A stored password: how dear its check is, the digest, and how that is made."""
 
-    rounds: int = 0
-    scheme: str = "PLAIN"
-    salt: bytes = b""
-    digest: bytes = b""
+    rounds: int
+    digest: bytes
+    make: Callable[[bytes], bytes]
 
     @classmethod
     def read(cls, stored: str) -> Secret:
@@ -3564,32 +3558,34 @@ class Secret(NamedTuple):
         match = re.fullmatch(r"\{([^{}]*)\}(.+)", stored)
         scheme, text = (match[1].upper(), match[2]) if match else ("", "")
         if scheme in ("PLAIN", "CLEARTEXT"):
-            return cls(digest=text.encode("utf-8", "surrogateescape"))
+            return cls(0, text.encode("utf-8", "surrogateescape"), bytes)
         if scheme == "SSHA512" and len(raw := base64.b64decode(text, validate=True)) > 64:
-            return cls(1, scheme, raw[64:], raw[:64])
+            return cls(1, raw[:64], lambda given: hashlib.sha512(given + raw[64:]).digest())
         found = re.fullmatch(r"\$1\$([^$]*)\$([1-9]\d{0,6})\$([0-9a-fA-F]{40})", text, re.A)
         if scheme == "PBKDF2" and found:
-            return cls(int(found[2]), scheme, found[1].encode(), bytes.fromhex(found[3]))
+            salt, rounds = found[1].encode(), int(found[2])
+            make = partial(hashlib.pbkdf2_hmac, "sha1", salt=salt, iterations=rounds)
+            return cls(rounds, bytes.fromhex(found[3]), make)
         # Without a scheme Dovecot reads CRYPT; to take such a hash for the password gives it away.
         raise ValueError(f"not {{PLAIN}}, {{SSHA512}} or {{PBKDF2}} and a password: {{{scheme}}}")
 
     def fits(self, password: str) -> bool:
         given = password.encode("utf-8", "surrogateescape")
-        return hmac.compare_digest(DIGESTS[self.scheme](given, self.salt, self.rounds), self.digest)
+        return hmac.compare_digest(self.make(given), self.digest)
 
 
 def encode_password(scheme: str, password: str) -> str:
     """`{SCHEME}...` for a passwd-file, as by `doveadm pw`; ValueError: it can't be written so."""
-    scheme, salt = scheme.upper(), secrets.token_hex(8)
-    if scheme not in DIGESTS or scheme == "PLAIN" and not re.fullmatch("[^:\0\r\n]+", password):
+    given, salt = password.encode("utf-8", "surrogateescape"), secrets.token_hex(8).encode()
+    if scheme.upper() == "SSHA512":
+        digest = hashlib.sha512(given + salt).digest()
+        return "{SSHA512}" + base64.b64encode(digest + salt).decode()
+    if scheme.upper() == "PBKDF2":
+        digest = hashlib.pbkdf2_hmac("sha1", given, salt, PBKDF2_ROUNDS)
+        return f"{{PBKDF2}}$1${salt.decode()}${PBKDF2_ROUNDS}${digest.hex()}"
+    if scheme.upper() != "PLAIN" or not re.fullmatch("[^:\0\r\n]+", password):
         raise ValueError("PLAIN, SSHA512 or PBKDF2; PLAIN neither empty nor with a colon")
-    given = password.encode("utf-8", "surrogateescape")
-    digest = DIGESTS[scheme](given, salt.encode(), PBKDF2_ROUNDS)
-    return f"{{{scheme}}}" + {
-        "PLAIN": password,
-        "SSHA512": base64.b64encode(digest + salt.encode()).decode(),
-        "PBKDF2": f"$1${salt}${PBKDF2_ROUNDS}${digest.hex()}",
-    }[scheme]
+    return "{PLAIN}" + password
 
 
 @lru_cache(1)
@@ -3602,14 +3598,14 @@ def read_passwords(path: str, version: object) -> tuple[dict[str, tuple[Secret, 
             name, stored, _, _, _, home, *_ = (line.rstrip("\n") + ":" * 6).split(":")
             if not line.strip() or line.startswith("#"):
                 continue
-            try:
-                # It becomes part of a path.
+            try:  # the name becomes part of a path
                 if name in users or not re.fullmatch(r"(?!\.)(?!.*\.\.)[a-z0-9._@-]{1,128}", name):
                     raise ValueError("not a user name (in lower case), or it has an earlier line")
                 users[name] = Secret.read(stored), home
             except ValueError as error:
                 log.warning("%s:%d: %s", path, number, error)
-    return users, max((secret for secret, _ in users.values()), default=Secret())
+    known = [secret for secret, _ in users.values()]
+    return users, max(known, key=lambda secret: secret.rounds, default=Secret(0, b"", bytes))
 
 
 class AuthSession(Session):
@@ -3722,8 +3718,7 @@ class Parser:
         return self.text[self.at - size : self.at]
 
     def mailbox(self, plain: re.Pattern[bytes] = ASTRING) -> str:
-        name = self.astring(plain).decode("latin-1")
-        return "INBOX" + name[5:] if re.match(r"(?i)inbox(\.|$)", name) else name
+        return re.sub(r"(?i)\Ainbox(?=\.|$)", "INBOX", self.astring(plain).decode("latin-1"))
 
     pattern = partialmethod(mailbox, LIST_PATTERN)
 
@@ -3814,14 +3809,14 @@ class Parser:
         found = self.must(SECTION, "BODY[...] section")
         part = tuple(int(number) for number in found[1].split(b".") if number)
         what, label = found[2].decode().upper(), b"BODY" + found[0].upper()
-        fields: tuple[str, ...] = ()
-        if self.take(b" "):
-            fields = tuple(name.decode("latin-1").upper() for name in self.items(Parser.astring))
-            label += b" (" + b" ".join(atom_or_quoted(name) for name in fields) + b")"
+        names = self.items(Parser.astring) if self.take(b" ") else []
+        fields = tuple(name.decode("latin-1").upper() for name in names)
+        if fields:
+            label += b" (" + b" ".join(map(atom_or_quoted, fields)) + b")"
         self.need(b"]")
-        partial = self.may(rb"<(\d{1,10})\.([1-9]\d{0,9})>")
-        start, length = (int(partial[1]), int(partial[2])) if partial else (0, STAR)
-        label += b"]<%d>" % start if partial else b"]"
+        some = self.may(rb"<(\d{1,10})\.([1-9]\d{0,9})>")
+        start, length = (int(some[1]), int(some[2])) if some else (0, STAR)
+        label += b"]<%d>" % start if some else b"]"
         return Item(label, b"[]", part, what, fields, start, length, seen)
 
     def search(self) -> tuple[Key, bool]:
