@@ -3544,34 +3544,24 @@ Step = Generator["bytes | Ask | Pause | Move", Any, str]
 REFUSED = "[AUTHENTICATIONFAILED] Authentication failed."
 PBKDF2_ROUNDS = 100_000  # 25 ms of a processor for each log-in; Dovecot's default is 5000
 
+Secret = tuple[int, Callable[[bytes], bool]]  # how dear it is to check a password, and the check
 
-class Secret(NamedTuple):
-    """A stored password: how dear its check is, the digest, and how that is made."""
 
-    rounds: int
-    digest: bytes
-    make: Callable[[bytes], bytes]
-
-    @classmethod
-    def read(cls, stored: str) -> Secret:
-        """From `{SCHEME}...` of a passwd-file; ValueError says what is wrong with it."""
-        match = re.fullmatch(r"\{([^{}]*)\}(.+)", stored)
-        scheme, text = (match[1].upper(), match[2]) if match else ("", "")
-        if scheme in ("PLAIN", "CLEARTEXT"):
-            return cls(0, text.encode("utf-8", "surrogateescape"), bytes)
-        if scheme == "SSHA512" and len(raw := base64.b64decode(text, validate=True)) > 64:
-            return cls(1, raw[:64], lambda given: hashlib.sha512(given + raw[64:]).digest())
-        found = re.fullmatch(r"\$1\$([^$]*)\$([1-9]\d{0,6})\$([0-9a-fA-F]{40})", text, re.A)
-        if scheme == "PBKDF2" and found:
-            salt, rounds = found[1].encode(), int(found[2])
-            make = partial(hashlib.pbkdf2_hmac, "sha1", salt=salt, iterations=rounds)
-            return cls(rounds, bytes.fromhex(found[3]), make)
-        # Without a scheme Dovecot reads CRYPT; to take such a hash for the password gives it away.
-        raise ValueError(f"not {{PLAIN}}, {{SSHA512}} or {{PBKDF2}} and a password: {{{scheme}}}")
-
-    def fits(self, password: str) -> bool:
-        given = password.encode("utf-8", "surrogateescape")
-        return hmac.compare_digest(self.make(given), self.digest)
+def read_secret(stored: str) -> Secret:
+    """From `{SCHEME}...` of a passwd-file; ValueError says what is wrong with it."""
+    same = hmac.compare_digest
+    match = re.fullmatch(r"\{([^{}]*)\}(.+)", stored)
+    scheme, text = (match[1].upper(), match[2]) if match else ("", "")
+    if scheme in ("PLAIN", "CLEARTEXT"):
+        return 0, partial(same, text.encode("utf-8", "surrogateescape"))
+    if scheme == "SSHA512" and len(raw := base64.b64decode(text, validate=True)) > 64:
+        return 1, lambda given: same(raw[:64], hashlib.sha512(given + raw[64:]).digest())
+    found = re.fullmatch(r"\$1\$([^$]*)\$([1-9]\d{0,6})\$([0-9a-fA-F]{40})", text, re.A)
+    if scheme == "PBKDF2" and found:
+        salt, rounds, digest = found[1].encode(), int(found[2]), bytes.fromhex(found[3])
+        return rounds, lambda given: same(digest, hashlib.pbkdf2_hmac("sha1", given, salt, rounds))
+    # Without a scheme Dovecot reads CRYPT; to take such a hash for the password gives it away.
+    raise ValueError(f"not {{PLAIN}}, {{SSHA512}} or {{PBKDF2}} and a password: {{{scheme}}}")
 
 
 def encode_password(scheme: str, password: str) -> str:
@@ -3601,11 +3591,11 @@ def read_passwords(path: str, version: object) -> tuple[dict[str, tuple[Secret, 
             try:  # the name becomes part of a path
                 if name in users or not re.fullmatch(r"(?!\.)(?!.*\.\.)[a-z0-9._@-]{1,128}", name):
                     raise ValueError("not a user name (in lower case), or it has an earlier line")
-                users[name] = Secret.read(stored), home
+                users[name] = read_secret(stored), home
             except ValueError as error:
                 log.warning("%s:%d: %s", path, number, error)
     known = [secret for secret, _ in users.values()]
-    return users, max(known, key=lambda secret: secret.rounds, default=Secret(0, b"", bytes))
+    return users, max(known, key=lambda secret: secret[0], default=(0, lambda given: False))
 
 
 class AuthSession(Session):
@@ -3635,10 +3625,11 @@ class AuthSession(Session):
         path, user = self.config.passwd_file, name.lower()  # Dovecot's auth_username_format, %Lu
         found = os.stat(path)
         users, dearest = read_passwords(path, (found.st_mtime_ns, found.st_size, found.st_ino))
-        secret, home = users.get(user, (dearest, ""))
-        if not secret.fits(password) or user not in users:
-            if secret.rounds < dearest.rounds:  # a refusal takes as long as the dearest
-                dearest.fits(password)
+        (rounds, fits), home = users.get(user, (dearest, ""))
+        given = password.encode("utf-8", "surrogateescape")
+        if not fits(given) or user not in users:
+            if rounds < dearest[0]:  # a refusal takes as long as the dearest
+                dearest[1](given)
             log.info("<%s> auth: wrong password or no such user: %.64r", sid, name)
             return ["no", REFUSED]
         home = home if os.path.isabs(home) else home_of(self.config, user)
@@ -3685,8 +3676,7 @@ class Parser:
         return bool(self.may(re.escape(token)))
 
     def need(self, token: bytes) -> None:
-        if not self.take(token):
-            raise BadCommand("Missing " + ("argument" if token == b" " else repr(token.decode())))
+        self.must(re.escape(token), "or missing argument")
 
     def may(self, pattern: bytes | re.Pattern[bytes]) -> re.Match[bytes] | None:
         found = re.compile(pattern).match(self.text, self.at)
@@ -3699,8 +3689,7 @@ class Parser:
         return found
 
     def end(self) -> None:
-        if self.at != len(self.text):
-            raise BadCommand("Unexpected text after the arguments")
+        self.must(rb"\Z", "text after the arguments")
 
     def rest(self) -> bytes:
         return self.must(rb"(?s).*")[0]
