@@ -3517,7 +3517,7 @@ CAPABILITY = "IMAP4rev1 LITERAL+ SASL-IR ID ENABLE IDLE"
 SYSTEM_FLAGS = "\\Answered \\Flagged \\Deleted \\Seen \\Draft"
 LOGIN_INPUT = 8 * 1024  # bytes of a command with its literals before log-in
 BAD_LIMIT = 20  # bad commands in a row until BYE; before log-in 3
-NESTING = 100  # levels of a SEARCH, at most 4 calls of Python each: far below its limit of 1000
+NESTING = 100  # levels of a SEARCH; Python's limit of 1000 calls would allow 330
 BATCH, BATCH_READ = 500, 25  # messages at a time: by the index alone; reading their files
 STAR = 10**10  # "*" in a sequence set: above every number that SET takes
 
@@ -3702,7 +3702,7 @@ class Parser:
             return found[0]
         if found := self.may(QUOTED_STRING):
             return re.sub(rb"\\(.)", rb"\1", found[1])
-        size = int(self.must(LITERAL)[1])
+        size = int(self.must(LITERAL)[1])  # which the session has read whole
         self.at += size
         return self.text[self.at - size : self.at]
 
