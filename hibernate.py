@@ -84,7 +84,7 @@ from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from encodings.aliases import aliases
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial, partialmethod
 from logging.handlers import WatchedFileHandler
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -3580,27 +3580,20 @@ CAPABILITY = "IMAP4rev1 LITERAL+ SASL-IR ID ENABLE IDLE"
 SYSTEM_FLAGS = "\\Answered \\Flagged \\Deleted \\Seen \\Draft"
 LOGIN_INPUT = 8 * 1024  # bytes of a command with its literals before log-in
 BAD_LIMIT = 20  # bad commands in a row until BYE; before log-in 3
-NESTING = 50  # levels of a SEARCH
+NESTING = 100  # levels of a SEARCH; Python's limit of 1000 calls would allow 330
 BATCH, BATCH_READ = 500, 25  # messages at a time: by the index alone; reading their files
-STAR = 2**32  # "*" in a sequence set
+STAR = 10**10  # "*" in a sequence set: above every number that SET takes
 
 ATOM = re.compile(rb'[^\x00-\x20\x7f-\xff(){%*"\\\]]+')
 ASTRING = re.compile(rb'[^\x00-\x20\x7f-\xff(){%*"\\]+')
 LIST_PATTERN = re.compile(rb'[^\x00-\x20\x7f-\xff(){"\\]+')
 QUOTED_STRING = re.compile(rb'"((?:[^"\\\r\n\x00]|\\["\\])*)"')
 LITERAL = re.compile(rb"\{(\d{1,18})(\+?)\}\r?\n")
-NUMBER = re.compile(rb"\d{1,18}")
 RANGE = rb"(?:[1-9]\d{0,9}|\*)(?::(?:[1-9]\d{0,9}|\*))?"
 SET = re.compile(rb"%b(?:,%b)*" % (RANGE, RANGE))
-ENTRY = re.compile(QUOTED_STRING.pattern + rb" [a-z]+ ", re.I)
-FETCH_NAME = re.compile(rb"[A-Za-z0-9.]+")
-FETCH_MACRO = re.compile(rb"(?:ALL|FAST|FULL)(?= |$)", re.I)
 SECTION = re.compile(
-    rb"\[((?:[1-9]\d{0,8}\.)*[1-9]\d{0,8}(?=\])|(?:[1-9]\d{0,8}\.)*)"
-    rb"(HEADER\.FIELDS(?:\.NOT)?(?= )|(?:HEADER|TEXT|MIME|)(?=\]))", re.I)
-STORE = re.compile(rb"(?:\(UNCHANGEDSINCE (\d{1,18})\) )?([+-]?)FLAGS(\.SILENT)? ", re.I)
-CHANGEDSINCE = re.compile(rb" \(CHANGEDSINCE (\d{1,18})\)", re.I)
-PARTIAL = re.compile(rb"<(\d{1,10})\.([1-9]\d{0,9})>")
+    rb"\[((?:[1-9]\d{0,8}(?:\.|(?=\])))*)"
+    rb"(HEADER\.FIELDS(?:\.NOT)?(?= )|(?:HEADER|TEXT|(?<=\.)MIME|(?<!\.))(?=\]))", re.I)
 TAG = re.compile(rb"[!#$&',\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]{1,64}")
 SLEEPER_INPUT = re.compile(rb"(DONE\r?\n)?(?:(%b) IDLE\r?\n)?" % TAG.pattern, re.I)
 
@@ -3611,107 +3604,67 @@ Step = Generator["bytes | Ask | Pause | Move", Any, str]
 # socket. Who asks faces the world and may be taken over, so no request is trusted, and a refusal
 # tells neither by its words nor by its time whether there is such a user.
 
-USER_NAME = re.compile(r"(?!\.)(?!.*\.\.)[a-z0-9._@-]{1,128}")  # becomes part of a path
-PBKDF2 = re.compile(r"\$1\$([^$]*)\$([1-9][0-9]{0,6})\$([0-9a-fA-F]{40})")
 REFUSED = "[AUTHENTICATIONFAILED] Authentication failed."
 PBKDF2_ROUNDS = 100_000  # 25 ms of a processor for each log-in; Dovecot's default is 5000
 
-
-def digest_of(scheme: str, password: str, salt: bytes, rounds: int) -> bytes:
-    found = password.encode("utf-8", "surrogateescape")
-    if scheme == "SSHA512":
-        return hashlib.sha512(found + salt).digest()
-    return hashlib.pbkdf2_hmac("sha1", found, salt, rounds) if scheme == "PBKDF2" else found
+Secret = tuple[int, Callable[[bytes], bool]]  # how dear it is to check a password, and the check
 
 
-class Secret(NamedTuple):
-    """A stored password; the greater, the dearer is its check."""
-
-    rounds: int
-    scheme: str
-    salt: bytes
-    digest: bytes
-
-    @classmethod
-    def read(cls, stored: str) -> Secret:
-        """From `{SCHEME}...` of a passwd-file; ValueError says what is wrong with it."""
-        match = re.fullmatch(r"\{([^{}]*)\}(.+)", stored)
-        scheme, text = (match[1].upper(), match[2]) if match else ("", "")
-        if scheme in ("PLAIN", "CLEARTEXT"):
-            return cls(0, "PLAIN", b"", text.encode("utf-8", "surrogateescape"))
-        if scheme == "SSHA512" and len(raw := base64.b64decode(text, validate=True)) > 64:
-            return cls(1, scheme, raw[64:], raw[:64])
-        if scheme == "PBKDF2" and (found := PBKDF2.fullmatch(text)):
-            return cls(int(found[2]), scheme, found[1].encode(), bytes.fromhex(found[3]))
-        # Without a scheme Dovecot reads CRYPT; to take such a hash for the password gives it away.
-        raise ValueError(f"not {{PLAIN}}, {{SSHA512}} or {{PBKDF2}} and a password: {{{scheme}}}")
-
-    def fits(self, password: str) -> bool:
-        found = digest_of(self.scheme, password, self.salt, self.rounds)
-        return hmac.compare_digest(found, self.digest)
+def read_secret(stored: str) -> Secret:
+    """From `{SCHEME}...` of a passwd-file; ValueError says what is wrong with it."""
+    same = hmac.compare_digest
+    match = re.fullmatch(r"\{([^{}]*)\}(.+)", stored)
+    scheme, text = (match[1].upper(), match[2]) if match else ("", "")
+    if scheme in ("PLAIN", "CLEARTEXT"):
+        return 0, partial(same, text.encode("utf-8", "surrogateescape"))
+    if scheme == "SSHA512" and len(raw := base64.b64decode(text, validate=True)) > 64:
+        return 1, lambda given: same(raw[:64], hashlib.sha512(given + raw[64:]).digest())
+    found = re.fullmatch(r"\$1\$([^$]*)\$([1-9]\d{0,6})\$([0-9a-fA-F]{40})", text, re.A)
+    if scheme == "PBKDF2" and found:
+        salt, rounds, digest = found[1].encode(), int(found[2]), bytes.fromhex(found[3])
+        return rounds, lambda given: same(digest, hashlib.pbkdf2_hmac("sha1", given, salt, rounds))
+    # Without a scheme Dovecot reads CRYPT; to take such a hash for the password gives it away.
+    raise ValueError(f"not {{PLAIN}}, {{SSHA512}} or {{PBKDF2}} and a password: {{{scheme}}}")
 
 
 def encode_password(scheme: str, password: str) -> str:
-    """`{SCHEME}...` for a passwd-file, as by `doveadm pw`; ValueError: it can't be written so.
-
-    >>> Secret.read(encode_password("SSHA512", "secret")).fits("secret")
-    True
-    """
-    scheme, salt = scheme.upper(), secrets.token_hex(8)
-    digest = digest_of(scheme, password, salt.encode(), PBKDF2_ROUNDS)
-    if scheme == "SSHA512":
-        return "{SSHA512}" + base64.b64encode(digest + salt.encode()).decode()
-    if scheme == "PBKDF2":
-        return f"{{PBKDF2}}$1${salt}${PBKDF2_ROUNDS}${digest.hex()}"
-    if scheme != "PLAIN" or not password or re.search("[:\0\r\n]", password):
+    """`{SCHEME}...` for a passwd-file, as by `doveadm pw`; ValueError: it can't be written so."""
+    given, salt = password.encode("utf-8", "surrogateescape"), secrets.token_hex(8).encode()
+    if scheme.upper() == "SSHA512":
+        digest = hashlib.sha512(given + salt).digest()
+        return "{SSHA512}" + base64.b64encode(digest + salt).decode()
+    if scheme.upper() == "PBKDF2":
+        digest = hashlib.pbkdf2_hmac("sha1", given, salt, PBKDF2_ROUNDS)
+        return f"{{PBKDF2}}$1${salt.decode()}${PBKDF2_ROUNDS}${digest.hex()}"
+    if scheme.upper() != "PLAIN" or not re.fullmatch("[^:\0\r\n]+", password):
         raise ValueError("PLAIN, SSHA512 or PBKDF2; PLAIN neither empty nor with a colon")
     return "{PLAIN}" + password
 
 
-class PasswordFile:
-    """Dovecot's passwd-file, read again when it has changed; a wrong line costs only its user."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self.version = path, (0, 0, 0)
-        self.users: dict[str, tuple[Secret, str]] = {}  # the secret, and the home if one is named
-        self.dearest = Secret(0, "PLAIN", b"", b"")
-
-    def refresh(self) -> None:
-        found = os.stat(self.path)
-        version = found.st_mtime_ns, found.st_size, found.st_ino
-        if version == self.version:
-            return
-        with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
-            lines = file.read().split("\n")
-        self.users, self.version = {}, version
-        for number, line in enumerate(lines, 1):
-            try:
-                if line.strip() and not line.startswith("#"):
-                    self.add(*(line + ":" * 6).split(":"))
+@lru_cache(1)
+def read_passwords(path: str, version: object) -> tuple[dict[str, tuple[Secret, str]], Secret]:
+    """Dovecot's passwd-file, read again when its `version` has changed: secret and home ("" if
+    none is named) of each user, and the dearest secret. A wrong line costs only its user."""
+    users: dict[str, tuple[Secret, str]] = {}
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            name, stored, _, _, _, home, *_ = (line.rstrip("\n") + ":" * 6).split(":")
+            if not line.strip() or line.startswith("#"):
+                continue
+            try:  # the name becomes part of a path
+                if name in users or not re.fullmatch(r"(?!\.)(?!.*\.\.)[a-z0-9._@-]{1,128}", name):
+                    raise ValueError("not a user name (in lower case), or it has an earlier line")
+                users[name] = read_secret(stored), home
             except ValueError as error:
-                log.warning("%s:%d: %s", self.path, number, error)
-        self.dearest = max((secret for secret, _ in self.users.values()), default=self.dearest)
-
-    def add(self, name: str, stored: str, *others: str) -> None:
-        if name in self.users or not USER_NAME.fullmatch(name):
-            raise ValueError("not a user name (letters are lower case), or it has an earlier line")
-        self.users[name] = Secret.read(stored), others[3]
-
-    def check(self, user: str, password: str) -> str | None:
-        """The user's home ("" if none is named), or None: then it took as long as the dearest."""
-        secret, home = self.users.get(user, (self.dearest, ""))
-        if secret.fits(password) and user in self.users:
-            return home
-        if secret.rounds < self.dearest.rounds:
-            self.dearest.fits(password)
-        return None
+                log.warning("%s:%d: %s", path, number, error)
+    known = [secret for secret, _ in users.values()]
+    return users, max(known, key=lambda secret: secret[0], default=(0, lambda given: False))
 
 
 class AuthSession(Session):
     """[identity, sid, remote, user, password] -> ["ok", user, ticket, seal] or ["no", reason]."""
 
     input_limit = 8 * 1024
-    files: dict[str, PasswordFile] = {}  # of this process; nothing is read before the fork
 
     def step(self) -> Reply | None:
         return self.answer() if self.buffer else None
@@ -3733,9 +3686,13 @@ class AuthSession(Session):
         if not re.fullmatch("[!-~]{0,400}", identity + sid + remote) or len(password) > 1024:
             raise ValueError("not a request")
         path, user = self.config.passwd_file, name.lower()  # Dovecot's auth_username_format, %Lu
-        passwords = self.files.setdefault(path, PasswordFile(path))
-        passwords.refresh()
-        if (home := passwords.check(user, password)) is None:
+        found = os.stat(path)
+        users, dearest = read_passwords(path, (found.st_mtime_ns, found.st_size, found.st_ino))
+        (rounds, fits), home = users.get(user, (dearest, ""))
+        given = password.encode("utf-8", "surrogateescape")
+        if not fits(given) or user not in users:
+            if rounds < dearest[0]:  # a refusal takes as long as the dearest
+                dearest[1](given)
             log.info("<%s> auth: wrong password or no such user: %.64r", sid, name)
             return ["no", REFUSED]
         home = home if os.path.isabs(home) else home_of(self.config, user)
@@ -3773,34 +3730,32 @@ class Parser:
     def __init__(self, text: bytes) -> None:
         self.text = text
         self.at = 0
-        self.charset = "utf-8"
         self.depth = 0
 
     def sees(self, token: bytes) -> bool:
-        return self.text[self.at : self.at + len(token)].upper() == token
+        return self.text.startswith(token, self.at)
 
     def take(self, token: bytes) -> bool:
-        found = self.sees(token)
-        self.at += len(token) * found
-        return found
+        return bool(self.may(re.escape(token)))
 
     def need(self, token: bytes) -> None:
-        if not self.take(token):
-            raise BadCommand("Missing " + ("argument" if token == b" " else repr(token.decode())))
+        self.must(re.escape(token), "or missing argument")
 
-    def may(self, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
-        found = pattern.match(self.text, self.at)
+    def may(self, pattern: bytes | re.Pattern[bytes]) -> re.Match[bytes] | None:
+        found = re.compile(pattern).match(self.text, self.at)
         self.at = found.end() if found else self.at
         return found
 
-    def must(self, pattern: re.Pattern[bytes], what: str = "arguments") -> re.Match[bytes]:
+    def must(self, pattern: bytes | re.Pattern[bytes], what: str = "arguments") -> re.Match[bytes]:
         if not (found := self.may(pattern)):
             raise BadCommand(f"Invalid {what}")
         return found
 
     def end(self) -> None:
-        if self.at < len(self.text):
-            raise BadCommand("Unexpected text after the arguments")
+        self.must(rb"\Z", "text after the arguments")
+
+    def rest(self) -> bytes:
+        return self.must(rb"(?s).*")[0]
 
     def atom(self) -> str:
         return self.must(ATOM)[0].decode().upper()
@@ -3810,61 +3765,47 @@ class Parser:
             return found[0]
         if found := self.may(QUOTED_STRING):
             return re.sub(rb"\\(.)", rb"\1", found[1])
-        size = int(self.must(LITERAL)[1])
+        size = int(self.must(LITERAL)[1])  # which the session has read whole
         self.at += size
-        if self.at > len(self.text):
-            raise BadCommand("Invalid literal")
         return self.text[self.at - size : self.at]
 
     def mailbox(self, plain: re.Pattern[bytes] = ASTRING) -> str:
-        name = self.astring(plain).decode("latin-1")
-        return "INBOX" + name[5:] if re.match(r"(?i)inbox(\.|$)", name) else name
+        return re.sub(r"(?i)\Ainbox(?=\.|$)", "INBOX", self.astring(plain).decode("latin-1"))
 
-    def pattern(self) -> str:
-        return self.mailbox(LIST_PATTERN)
+    pattern = partialmethod(mailbox, LIST_PATTERN)
 
     def number(self) -> int:
-        return int(self.must(NUMBER, "number")[0])
+        return int(self.must(rb"\d{1,18}", "number")[0])
 
-    def several(self, item: Callable[[], Any]) -> list[Any]:
-        found = [item()]
+    def several(self, item: Callable[[Parser], Any]) -> list[Any]:
+        found = [item(self)]
         while self.take(b" "):
-            found.append(item())
+            found.append(item(self))
         return found
 
-    def items(self, item: Callable[[], Any], least: int = 1) -> list[Any]:
+    def items(self, item: Callable[[Parser], Any], least: int = 1) -> list[Any]:
         """A parenthesised list."""
         self.need(b"(")
         found = [] if not least and self.sees(b")") else self.several(item)
         self.need(b")")
         return found
 
-    def words(self) -> list[str]:
-        return self.items(self.atom)
-
-    def rest(self) -> bytes:
-        text, self.at = self.text[self.at :], len(self.text)
-        return text
+    words = partialmethod(items, atom)
 
     def sequence(self) -> Ranges:
-        ranges, text = Ranges(), self.must(SET, "messageset")[0]
-        if any(int(number) >= STAR for number in NUMBER.findall(text)):
-            raise BadCommand("Number too large")
-        for part in text.split(b","):
-            ends = [STAR if end == b"*" else int(end) for end in part.split(b":")]
-            ranges.append((min(ends), max(ends)))
-        return ranges
+        text = self.must(SET, "messageset")[0].replace(b"*", b"%d" % STAR)
+        parts = [part.split(b":") for part in text.split(b",")]
+        return [(int(ends[0]), int(ends[-1])) for ends in parts]
 
     def flag(self) -> str:
-        if not self.take(b"\\"):
-            return self.must(ATOM, "flag")[0].decode()[:100]
-        if (name := "\\" + self.atom().capitalize()) not in LETTERS:
+        name = self.must(rb"\\?" + ATOM.pattern, "flag")[0].decode()[:100]
+        if name[0] == "\\" and (name := name.title()) not in LETTERS:
             raise BadCommand(f"Invalid system flag {name}")
         return name
 
     def flags(self) -> tuple[str, list[str]]:
         """(letters of system flags, keywords); STORE does without parentheses, too."""
-        names = self.items(self.flag, 0) if self.sees(b"(") else self.several(self.flag)
+        names = self.items(Parser.flag, 0) if self.sees(b"(") else self.several(Parser.flag)
         letters = sorted({LETTERS[name] for name in names if name in LETTERS})
         return "".join(letters), [name for name in names if name not in LETTERS]
 
@@ -3877,17 +3818,12 @@ class Parser:
     def day(self) -> int:
         return self.time("%d-%b-%Y").toordinal()
 
-    # Arguments of whole commands
-
     def condstore(self) -> bool:
-        words = self.words() if self.take(b" ") else []
-        if set(words) - {"CONDSTORE"}:
-            raise BadCommand("Unknown parameter")
-        return bool(words)
+        return bool(self.may(rb"(?i) \(CONDSTORE\)"))
 
     def store(self) -> tuple[str, bool, int, str, list[str]]:
-        since, how, silent = self.must(STORE).groups()
-        return how.decode(), bool(silent), int(since or 2**63), *self.flags()
+        found = self.must(rb"(?i)(?:\(UNCHANGEDSINCE (\d{1,18})\) )?([+-]?)FLAGS(\.SILENT)? ")
+        return found[2].decode(), bool(found[3]), int(found[1] or 2**63), *self.flags()
 
     def append(self) -> tuple[str, str, list[str], float | None, int]:
         """All that comes before APPEND's message, and where that begins."""
@@ -3899,24 +3835,20 @@ class Parser:
         if self.sees(b'"'):
             when = self.time("%d-%b-%Y %H:%M:%S %z").timestamp()
             self.need(b" ")
-        start = self.at
-        self.must(LITERAL)
-        return name, flags, keywords, when, start
+        return name, flags, keywords, when, self.must(LITERAL).start()
 
     def fetch(self) -> tuple[list[Item], int]:
-        if self.sees(b"("):
-            items = self.items(self.fetch_item)
-        elif macro := self.may(FETCH_MACRO):
+        if macro := self.may(rb"(?i)(ALL|FAST|FULL)(?= |$)"):
             count = {b"FAST": 3, b"ALL": 4, b"FULL": 5}[macro[0].upper()]
             names = (b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"ENVELOPE", b"BODY")
             items = [Item(each, each) for each in names[:count]]
         else:
-            items = [self.fetch_item()]
-        since = self.may(CHANGEDSINCE)
+            items = self.items(Parser.fetch_item) if self.sees(b"(") else [self.fetch_item()]
+        since = self.may(rb"(?i) \(CHANGEDSINCE (\d{1,18})\)")
         return items, int(since[1]) if since else -1
 
     def fetch_item(self) -> Item:
-        name = self.must(FETCH_NAME, "FETCH item")[0].upper()
+        name = self.must(rb"[A-Za-z0-9.]+", "FETCH item")[0].upper()
         if self.sees(b"[") and name in (b"BODY", b"BODY.PEEK"):
             return self.section(name == b"BODY")
         if name in (b"RFC822", b"RFC822.TEXT", b"RFC822.HEADER"):
@@ -3927,40 +3859,32 @@ class Parser:
 
     def section(self, seen: bool) -> Item:
         found = self.must(SECTION, "BODY[...] section")
-        what, label = found[2].decode().upper(), b"BODY" + found[0].upper()
-        fields: tuple[str, ...] = ()
         part = tuple(int(number) for number in found[1].split(b".") if number)
-        if what == "MIME" and not part or not what and found[1].endswith(b"."):
-            raise BadCommand("Invalid BODY[...] section")
-        if what.startswith("HEADER.F"):
-            self.need(b" ")
-            fields = tuple(name.decode("latin-1").upper() for name in self.items(self.astring))
-            label += b" (" + b" ".join(atom_or_quoted(name) for name in fields) + b")"
+        what, label = found[2].decode().upper(), b"BODY" + found[0].upper()
+        names = self.items(Parser.astring) if self.take(b" ") else []
+        fields = tuple(name.decode("latin-1").upper() for name in names)
+        if fields:
+            label += b" (" + b" ".join(map(atom_or_quoted, fields)) + b")"
         self.need(b"]")
-        label += b"]"
-        if not (partial := self.may(PARTIAL)):
-            return Item(label, b"[]", part, what, fields, seen=seen)
-        start, length = int(partial[1]), int(partial[2])
-        return Item(label + b"<%d>" % start, b"[]", part, what, fields, start, length, seen)
-
-    # SEARCH
+        some = self.may(rb"<(\d{1,10})\.([1-9]\d{0,9})>")
+        start, length = (int(some[1]), int(some[2])) if some else (0, STAR)
+        label += b"]<%d>" % start if some else b"]"
+        return Item(label, b"[]", part, what, fields, start, length, seen)
 
     def search(self) -> tuple[Key, bool]:
         """The keys as one, and whether MODSEQ may be among them."""
-        if self.take(b"CHARSET "):
-            charset = self.astring().upper()
-            if charset not in (b"US-ASCII", b"UTF-8"):
+        if self.may(rb"(?i)CHARSET "):
+            if self.astring().upper() not in (b"US-ASCII", b"UTF-8"):
                 raise MailError("BADCHARSET (US-ASCII UTF-8)", "Unknown charset")
-            self.charset = charset.decode()
             self.need(b" ")
-        return every(self.several(self.key)), b"MODSEQ" in self.text.upper()
+        return every(self.several(Parser.key)), b"MODSEQ" in self.text.upper()
 
     def key(self) -> Key:
-        self.depth += 1
         if self.depth > NESTING:
             raise BadCommand("Too many levels in SEARCH")
+        self.depth += 1
         if self.sees(b"("):
-            key = every(self.items(self.key))
+            key = every(self.items(Parser.key))
         elif SET.match(self.text, self.at):
             ranges = self.sequence()
             key = Key(0, lambda m: within(m.number, ranges, len(m.view.uids)))
@@ -3986,17 +3910,13 @@ class Parser:
         return Key(cost, lambda m: test(m, *values))
 
     def words_sought(self) -> str:
-        try:
-            return self.astring().decode(self.charset).casefold()
-        except ValueError:
-            raise BadCommand("Invalid text for this charset") from None
+        return self.astring().decode(errors="replace").casefold()
+
+    header_name = words_sought
 
     def modseq(self) -> int:
-        self.may(ENTRY)  # its name and type; all entries have one MODSEQ here
+        self.may(QUOTED_STRING.pattern + rb" [a-zA-Z]+ ")  # an entry; all have one MODSEQ here
         return self.number()
-
-    def header_name(self) -> str:
-        return self.astring().decode("latin-1")
 
 
 @dataclass
