@@ -3949,23 +3949,15 @@ class View:
     name: str
     readonly: bool
     uidvalidity: int
-    uidnext: int
-    recent: list[int]  # pairs: new to this session are the UIDs from one, below the other
-    keywords: int  # how many the client knows
-    modseq: int  # up to here it knows of changed flags
-    expunged: int  # and up to here of expunged messages
-    new: int  # the folder's times before the last look
-    cur: int
+    uidnext: int = 0  # before the first look
+    recent: list[int] = field(default_factory=list)  # pairs: new in this session are the UIDs
+    # from one, below the other
+    keywords: int = -1  # how many the client knows
+    modseq: int = 0  # up to here it knows of changed flags
+    expunged: int = 0  # and up to here of expunged messages
+    new: int = 0  # the folder's times before the last look
+    cur: int = 0
     known: array[int] | None = None
-
-    @classmethod
-    def select(cls, home: str, name: str, readonly: bool) -> View:
-        index = Index.at(home)
-        box, times = index.refresh(index.by_name(name), claim=not readonly)
-        known = box.uidvalidity, box.uidnext, list[int](), -1, box.modseq, box.modseq
-        view = cls(home, box.id, box.name, readonly, *known, *times)
-        view.claim(box)
-        return view
 
     def claim(self, box: Mailbox) -> None:
         """What nobody had been told of is \\Recent here, and in no other session."""
@@ -4032,7 +4024,8 @@ class View:
             dead = [row[0] for row in rows]
             query = f"SELECT uid, flags, keywords, modseq FROM message {since}"
             changed = self.query(query, self.modseq, self.uidnext)
-            fresh = [row.uid for row in index.rows(box.id, self.uidnext)]
+            query = "SELECT uid FROM message WHERE box = ? AND uid >= ? ORDER BY uid"
+            fresh = [row[0] for row in self.query(query, self.uidnext)]
             if dead or fresh or changed:
                 self.uids  # noqa: B018  made now, of this moment
         lines = self.flag_lines() if len(box.keywords.split()) != self.keywords else []
@@ -4040,7 +4033,7 @@ class View:
         self.name, self.modseq = box.name, box.modseq
         self.new, self.cur = UNSETTLED
         if expunges or not dead:
-            lines += self.resize(dead, fresh) if dead or fresh else []
+            lines += self.resize(dead, fresh) if dead or fresh or not self.uidnext else []
             self.uidnext, self.expunged = box.uidnext, box.modseq
             self.new, self.cur = times
         return lines
@@ -4052,9 +4045,9 @@ class View:
                 del self.uids[number - 1]
                 lines.append(f"* {number} EXPUNGE\r\n")
         self.uids.extend(fresh)
-        if fresh:
+        if fresh or not self.uidnext:
             lines.append(f"* {len(self.uids)} EXISTS\r\n")
-        if self.recents() != recents:
+        if self.recents() != recents or not self.uidnext:
             lines.append(f"* {self.recents()} RECENT\r\n")
         return lines
 
@@ -4085,11 +4078,12 @@ class Candidate:
             self.sizes[self.row.uid] = self.message.size
         return self.row.size or self.message.size
 
-    def seconds(self) -> float:
-        return self.view.index.date(self.box, self.row)
+    def when(self) -> datetime.datetime:
+        seconds = self.view.index.date(self.box, self.row)
+        return datetime.datetime.fromtimestamp(seconds).astimezone()
 
     def day(self) -> int:
-        return datetime.date.fromtimestamp(self.seconds()).toordinal()
+        return self.when().toordinal()
 
     def sent_day(self) -> float:
         sent = self.message.sent_date()
@@ -4111,7 +4105,7 @@ class Candidate:
 ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {
     b"UID": lambda m: b"%d" % m.row.uid,
     b"FLAGS": lambda m: flag_list(m.row.flags, m.row.keywords, m.recent).encode(),
-    b"INTERNALDATE": lambda m: internal_date(m.seconds()),
+    b"INTERNALDATE": lambda m: f'"{m.when():%d-%b-%Y %H:%M:%S %z}"'.encode(),
     b"RFC822.SIZE": lambda m: b"%d" % m.size(),
     b"MODSEQ": lambda m: b"(%d)" % m.row.modseq,
     b"ENVELOPE": lambda m: m.message.envelope(),
@@ -4149,7 +4143,7 @@ for _name in ("Bcc", "Cc", "From", "Subject", "To"):
 
 
 def pieces(data: bytes) -> Iterator[bytes]:
-    return (data[at : at + 32768] for at in range(0, len(data), 32768))
+    return (data[at : at + 32768] for at in range(0, len(data) or 1, 32768))
 
 
 def every(keys: list[Key]) -> Key:
@@ -4165,11 +4159,6 @@ def within(number: int, ranges: Ranges, last: int) -> bool:
 def flag_list(letters: str, keywords: str, recent: bool) -> str:
     names = [name for name, letter in LETTERS.items() if letter in letters]
     return "(" + " ".join(names + ["\\Recent"] * recent + keywords.split()) + ")"
-
-
-def internal_date(seconds: float) -> bytes:
-    when = datetime.datetime.fromtimestamp(seconds).astimezone()
-    return f'"{when:%d-%b-%Y %H:%M:%S %z}"'.encode()
 
 
 def atom_or_quoted(name: str) -> bytes:
@@ -4233,6 +4222,7 @@ class CommandSession(Session):
 
     commands: dict[str, Command] = {}
     bad_limit = BAD_LIMIT
+    line_limit = LOGIN_INPUT
     tag_syntax = re.compile(TAG.pattern.decode())
 
     def __init__(self) -> None:
@@ -4250,9 +4240,6 @@ class CommandSession(Session):
     @property
     def index(self) -> Index:
         return Index.at(self.home)
-
-    def line_limit(self) -> int:
-        return LOGIN_INPUT
 
     def movable(self) -> bool:
         return not (self.command or self.asked)
@@ -4276,7 +4263,7 @@ class CommandSession(Session):
         if self.literal and not self.take_literal():
             return None
         end = self.buffer.find(b"\n") + 1
-        if len(self.command) + (end or len(self.buffer)) > self.line_limit():
+        if len(self.command) + (end or len(self.buffer)) > self.line_limit:
             return self.too_long()
         if not end:
             return None
@@ -4320,7 +4307,7 @@ class CommandSession(Session):
             if self.upload or self.fault:
                 raise self.fault or BadCommand("Invalid arguments")
             self.upload = self.upload_for(line, found.start(), size)
-            if not self.upload and len(line) + size > self.line_limit():
+            if not self.upload and len(line) + size > self.line_limit:
                 raise BadCommand("[TOOBIG] Literal too long")
         except (BadCommand, *FAULTS) as error:
             if waits:
@@ -4503,7 +4490,8 @@ class ImapSession(CommandSession):
         return [self.condstore, *(list(vars(self.view).values())[1:-1] if self.view else [])]
 
     def thaw(self, state: list[Any]) -> None:
-        self.input_limit = max(self.input_limit, self.line_limit() + 1)
+        self.line_limit = int(self.config.max_line_length)
+        self.input_limit = max(self.input_limit, self.line_limit + 1)
         if len(state) not in (0, 1, 12):
             raise ValueError("not an IMAP session")
         self.condstore = bool(state and state[0])
@@ -4521,9 +4509,6 @@ class ImapSession(CommandSession):
         if not found[2]:
             return answer, len(data), ""
         return answer + b"+ idling\r\n", len(data), found[2].decode()
-
-    def line_limit(self) -> int:
-        return int(self.config.max_line_length)
 
     def stirred(self) -> Reply:
         """Tell all; if the folder is changing this moment, again when its time has settled."""
@@ -4589,9 +4574,10 @@ class ImapSession(CommandSession):
             self.view = None
             yield b"* OK [CLOSED] Previous mailbox closed.\r\n"
         self.condstore |= condstore
-        view = self.view = View.select(self.home, name, readonly)
-        lines = view.flag_lines()
-        lines += [f"* {len(view.uids)} EXISTS\r\n* {view.recents()} RECENT\r\n"]
+        box = self.index.by_name(name)
+        view = View(self.home, box.id, box.name, readonly, box.uidvalidity)
+        lines = view.look(True, self.describe)
+        self.view = view
         query = "SELECT uid FROM message WHERE box = ? AND flags NOT LIKE '%S%' ORDER BY uid"
         for uid, in view.query(query + " LIMIT 1"):
             lines.append(f"* OK [UNSEEN {view.number(uid)}] First unseen.\r\n")
@@ -4713,11 +4699,11 @@ class ImapSession(CommandSession):
             wanted.update(uids[first:stop])
         return sorted(wanted)
 
-    def batches(
+    def walk(
         self, view: View, uids: Sequence[int], size: int, see: bool = False
-    ) -> Iterator[list[Candidate]]:
-        """The messages that still exist, some at a time, as the index has them by then; to `see`
-        them sets \\Seen."""
+    ) -> Iterator[Candidate]:
+        """The messages that still exist, some read at a time as the index has them by then; to
+        `see` them sets \\Seen."""
         for at in range(0, len(uids), size):
             box, sizes, part = view.box(), dict[int, int](), uids[at : at + size]
             rows = view.index.picked(box.id, part)
@@ -4725,7 +4711,8 @@ class ImapSession(CommandSession):
             if unseen:
                 self.own.add(view.index.store(box.id, unseen, "+", "S")[0])
                 rows = view.index.picked(box.id, part)
-            yield [Candidate(view, box, row, sizes) for row in rows]
+            for row in rows:
+                yield Candidate(view, box, row, sizes)
             if sizes:
                 view.index.keep_sizes(box.id, sizes)
 
@@ -4742,9 +4729,7 @@ class ImapSession(CommandSession):
         yield f"* OK {code} Moved UIDs.\r\n".encode()
         return ""
 
-    def store(
-        self, view: View, ranges: Ranges, change: tuple[str, bool, int, str, list[str]]
-    ) -> Step:
+    def store(self, view: View, ranges: Ranges, change: tuple[Any, ...]) -> Step:
         how, silent, since, flags, keywords = change
         uids, refused = self.pick(view, ranges), list[int]()
         if view.readonly:
@@ -4758,7 +4743,7 @@ class ImapSession(CommandSession):
             modseq, left = view.index.store(view.box().id, part, how, flags, keywords, since)
             refused += left if self.by_uid else [view.number(uid) for uid in left]
             self.own.update([modseq] * silent)
-            yield b""  # the worker's other sessions have a turn
+            yield b""
         return f"[MODIFIED {compact_set(refused)}]" if refused else ""
 
     def search(self, view: View, wanted: tuple[Key, bool]) -> Reply:
@@ -4766,13 +4751,12 @@ class ImapSession(CommandSession):
         if modseqs:
             yield from self.use_condstore()
         found, highest = [""], 0
-        for messages in self.batches(view, view.uids, BATCH if key.cost < 2 else BATCH_READ):
-            for message in messages:
-                with contextlib.suppress(Vanished):
-                    if key.test(message):
-                        found.append(str(message.row.uid if self.by_uid else message.number))
-                        highest = max(highest, message.row.modseq)
-            yield b""
+        for message in self.walk(view, view.uids, BATCH if key.cost < 2 else BATCH_READ):
+            with contextlib.suppress(Vanished):
+                if key.test(message):
+                    found.append(str(message.row.uid if self.by_uid else message.number))
+                    highest = max(highest, message.row.modseq)
+            yield b""  # the worker's other sessions have a turn
         more = f" (MODSEQ {highest})" if modseqs and highest else ""
         yield f"* SEARCH{' '.join(found)}{more}\r\n".encode()
 
@@ -4785,23 +4769,17 @@ class ImapSession(CommandSession):
             yield from self.use_condstore()
         size, there = BATCH if all(item.kind in INDEXED for item in items) else BATCH_READ, 0
         see = not view.readonly and any(item.seen for item in items)
-        for messages in self.batches(view, uids, size, see):
-            chunk = b""
-            for message in messages:
-                with contextlib.suppress(Vanished):
-                    for part in self.fetched(message, items) if message.row.modseq > since else ():
-                        chunk += part
-                        if len(chunk) > 32768:
-                            yield from pieces(chunk)
-                            chunk = b""
-                    there += 1
-            yield chunk
+        for message in self.walk(view, uids, size, see):
+            with contextlib.suppress(Vanished):
+                for part in self.fetched(message, items) if message.row.modseq > since else [b""]:
+                    yield from pieces(part)
+                there += 1
         return "[EXPUNGEISSUED]" if there < len(uids) else ""
 
     def fetched(self, message: Candidate, items: list[Item]) -> Iterator[bytes]:
         """The answer, first what the index knows, as Dovecot orders it. Nothing is yielded before
         the message is there for the rest, and never more than an item is in memory."""
-        if message.row.modseq in self.own:  # by batches(): tell the flags here
+        if message.row.modseq in self.own:  # by walk(): tell the flags here
             items = [*items, Item(b"FLAGS", b"FLAGS")]
         items = sorted(dict.fromkeys(items), key=lambda item: item.kind not in INDEXED)
         if items[-1].kind not in INDEXED:
@@ -4813,8 +4791,7 @@ class ImapSession(CommandSession):
                 text = b""
             text += gap + message.value(item)
             gap = b" "
-        yield text
-        yield b")\r\n"
+        yield text + b")\r\n"
 
     commands = CommandSession.commands | {
         "ENABLE": Command(enable, (Parser.rest,)),
