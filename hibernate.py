@@ -4151,9 +4151,12 @@ def every(keys: list[Key]) -> Key:
     return Key(keys[-1].cost, lambda m: all(key.test(m) for key in keys))
 
 
+def bounds(ranges: Ranges, last: int) -> Iterator[list[int]]:
+    return (sorted(last if end == STAR else end for end in ends) for ends in ranges)
+
+
 def within(number: int, ranges: Ranges, last: int) -> bool:
-    bounds = (sorted(last if end == STAR else end for end in ends) for ends in ranges)
-    return any(low <= number <= high for low, high in bounds)
+    return any(low <= number <= high for low, high in bounds(ranges, last))
 
 
 def flag_list(letters: str, keywords: str, recent: bool) -> str:
@@ -4215,6 +4218,7 @@ class Command(NamedTuple):
 
 
 FAULTS = MailError, OSError, sqlite3.Error  # what is answered by NO
+ONE_NAME, TWO_NAMES = (Parser.mailbox,), (Parser.mailbox, Parser.mailbox)
 
 
 class CommandSession(Session):
@@ -4224,18 +4228,15 @@ class CommandSession(Session):
     bad_limit = BAD_LIMIT
     line_limit = LOGIN_INPUT
     tag_syntax = re.compile(TAG.pattern.decode())
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.command = b""  # the command so far
-        self.literal = 0  # bytes of its literal that are still to come
-        self.upload: Delivery | None = None  # where they go if they are APPEND's message
-        self.fault: Exception | None = None  # why they are skipped: the answer of the command
-        self.bad = 0  # bad commands in a row
-        self.running = "*"  # tag of the command that is executed
-        self.by_uid = False
-        self.asked = ""  # tag of the command that waits for the next line: see continued()
-        self.view: View | None = None
+    command = b""  # the command so far
+    literal = 0  # bytes of its literal that are still to come
+    upload: Delivery | None = None  # where they go if they are APPEND's message
+    fault: Exception | None = None  # why they are skipped: the answer of the command
+    bad = 0  # bad commands in a row
+    running = "*"  # tag of the command that is executed
+    by_uid = False
+    asked = ""  # tag of the command that waits for the next line: see continued()
+    view: View | None = None
 
     @property
     def index(self) -> Index:
@@ -4474,11 +4475,7 @@ class ImapSession(CommandSession):
 
     watch_dirs = ("new", "cur")
     still_here = b"* OK Still here\r\n"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.condstore = False
-        self.own: set[int] = set()  # MODSEQs of changes that the client made and knows
+    condstore = False
 
     def arrived(self, answer: str) -> Reply:
         if answer:
@@ -4494,6 +4491,7 @@ class ImapSession(CommandSession):
         self.input_limit = max(self.input_limit, self.line_limit + 1)
         if len(state) not in (0, 1, 12):
             raise ValueError("not an IMAP session")
+        self.own = set[int]()  # MODSEQs of changes that the client made and knows
         self.condstore = bool(state and state[0])
         self.view = View(self.home, *state[1:]) if state[1:] else None
 
@@ -4506,9 +4504,8 @@ class ImapSession(CommandSession):
         if not data or not found or bool(found[1]) != bool(tag):
             return None
         answer = f"{tag} OK Idle completed.\r\n".encode() if tag else b""
-        if not found[2]:
-            return answer, len(data), ""
-        return answer + b"+ idling\r\n", len(data), found[2].decode()
+        again = b"+ idling\r\n" if found[2] else b""
+        return answer + again, len(data), (found[2] or b"").decode()
 
     def stirred(self) -> Reply:
         """Tell all; if the folder is changing this moment, again when its time has settled."""
@@ -4578,9 +4575,9 @@ class ImapSession(CommandSession):
         view = View(self.home, box.id, box.name, readonly, box.uidvalidity)
         lines = view.look(True, self.describe)
         self.view = view
-        query = "SELECT uid FROM message WHERE box = ? AND flags NOT LIKE '%S%' ORDER BY uid"
-        for uid, in view.query(query + " LIMIT 1"):
-            lines.append(f"* OK [UNSEEN {view.number(uid)}] First unseen.\r\n")
+        query = "SELECT min(uid) FROM message WHERE box = ? AND flags NOT LIKE '%S%'"
+        if unseen := view.number(view.query(query)[0][0] or 0):
+            lines.append(f"* OK [UNSEEN {unseen}] First unseen.\r\n")
         lines.append(f"* OK [UIDVALIDITY {view.uidvalidity}] UIDs valid\r\n")
         lines.append(f"* OK [UIDNEXT {view.uidnext}] Predicted next UID\r\n")
         lines.append(f"* OK [HIGHESTMODSEQ {view.modseq}] Highest\r\n")
@@ -4595,15 +4592,9 @@ class ImapSession(CommandSession):
         if self.view and self.view.name == name:
             self.view = None
 
-    def rename(self, old: str, new: str) -> None:
-        self.index.rename_folder(old, new)
-
     def subscribe(self, name: str) -> None:
         self.index.must_exist(name)
         self.index.subscribe(name, True)
-
-    def unsubscribe(self, name: str) -> None:
-        self.index.subscribe(name, False)
 
     def list_names(self, reference: str, pattern: str, lsub: bool = False) -> Reply:
         """LIST and LSUB; there a parent that isn't subscribed itself shows only where "%" hides
@@ -4688,8 +4679,7 @@ class ImapSession(CommandSession):
         """The UIDs of a set, in order. A number that isn't there is an error, a UID isn't."""
         uids, wanted = view.uids, set[int]()
         last = (uids[-1] if uids else 0) if self.by_uid else len(uids)
-        for ends in ranges:
-            low, high = sorted(last if end == STAR else end for end in ends)
+        for low, high in bounds(ranges, last):
             if self.by_uid:
                 first, stop = bisect.bisect_left(uids, low), bisect.bisect_right(uids, high)
             elif 0 < low and high <= last:
@@ -4799,11 +4789,11 @@ class ImapSession(CommandSession):
         "IDLE": Command(idle),
         "SELECT": Command(select, (Parser.mailbox, Parser.condstore)),
         "EXAMINE": Command(partial(select, readonly=True), (Parser.mailbox, Parser.condstore)),
-        "CREATE": Command(create, (Parser.mailbox,)),
-        "DELETE": Command(delete, (Parser.mailbox,)),
-        "RENAME": Command(rename, (Parser.mailbox, Parser.mailbox)),
-        "SUBSCRIBE": Command(subscribe, (Parser.mailbox,)),
-        "UNSUBSCRIBE": Command(unsubscribe, (Parser.mailbox,)),
+        "CREATE": Command(create, ONE_NAME),
+        "DELETE": Command(delete, ONE_NAME),
+        "RENAME": Command(lambda self, *names: self.index.rename_folder(*names), TWO_NAMES),
+        "SUBSCRIBE": Command(subscribe, ONE_NAME),
+        "UNSUBSCRIBE": Command(lambda self, name: self.index.subscribe(name, False), ONE_NAME),
         "LIST": Command(list_names, (Parser.mailbox, Parser.pattern)),
         "LSUB": Command(partial(list_names, lsub=True), (Parser.mailbox, Parser.pattern)),
         "STATUS": Command(status, (Parser.mailbox, Parser.words), tells=True),
