@@ -4028,7 +4028,8 @@ class View:
             fresh = [row[0] for row in self.query(query, self.uidnext)]
             if dead or fresh or changed:
                 self.uids  # noqa: B018  made now, of this moment
-        lines = self.flag_lines() if len(box.keywords.split()) != self.keywords else []
+        words = box.keywords.split()
+        lines = [self.flag_lines(words)] if len(words) != self.keywords else []
         lines += [describe(row, self.number(row[0]), self.is_recent(row[0])) for row in changed]
         self.name, self.modseq = box.name, box.modseq
         self.new, self.cur = UNSETTLED
@@ -4051,13 +4052,12 @@ class View:
             lines.append(f"* {self.recents()} RECENT\r\n")
         return lines
 
-    def flag_lines(self) -> list[str]:
-        words = self.box().keywords.split()
+    def flag_lines(self, words: list[str]) -> str:
         self.keywords = len(words)
         flags = " ".join([SYSTEM_FLAGS, *words])
         usual = f"({flags} \\*)] Flags permitted."
         permanent = "()] Read-only mailbox." if self.readonly else usual
-        return [f"* FLAGS ({flags})\r\n* OK [PERMANENTFLAGS {permanent}\r\n"]
+        return f"* FLAGS ({flags})\r\n* OK [PERMANENTFLAGS {permanent}\r\n"
 
 
 class Candidate:
@@ -4368,17 +4368,7 @@ class CommandSession(Session):
         name = parser.atom()
         self.by_uid = name == "UID" and parser.take(b" ")
         name = parser.atom() if self.by_uid else name
-        command, arguments = self.parse(parser, "UID " * self.by_uid + name)
-        result = command.method(self, *arguments)
-        code = (yield from result) if isinstance(result, Generator) else result
-        if command.tells is not None:
-            yield from self.tell(command.tells)
-        if self.asked or self.tag:
-            return ""
-        return " ".join(filter(None, (code, name.capitalize(), "completed.")))
-
-    def parse(self, parser: Parser, name: str) -> tuple[Command, list[Any]]:
-        if not (command := self.commands.get(name)):
+        if not (command := self.commands.get("UID " * self.by_uid + name)):
             raise BadCommand(f"Unknown command {name}")
         if command.selected and not self.view:
             raise BadCommand("No mailbox selected")
@@ -4388,7 +4378,13 @@ class CommandSession(Session):
                 parser.need(b" ")
             arguments.append(argument(parser))
         parser.end()
-        return command, arguments
+        result = command.method(self, *arguments)
+        code = (yield from result) if isinstance(result, Generator) else result
+        if command.tells is not None:
+            yield from self.tell(command.tells)
+        if self.asked or self.tag:
+            return ""
+        return " ".join(filter(None, (code, name.capitalize(), "completed.")))
 
     def tell(self, expunges: bool) -> Reply:
         yield from ()
@@ -4689,11 +4685,10 @@ class ImapSession(CommandSession):
             wanted.update(uids[first:stop])
         return sorted(wanted)
 
-    def walk(
-        self, view: View, uids: Sequence[int], size: int, see: bool = False
-    ) -> Iterator[Candidate]:
-        """The messages that still exist, some read at a time as the index has them by then; to
-        `see` them sets \\Seen."""
+    def walk(self, view: View, uids: Sequence[int], see: bool = False) -> Iterator[Candidate]:
+        """The messages that still exist, some looked up at a time; to `see` them sets \\Seen, of
+        few before they are sent."""
+        size = BATCH_READ if see else BATCH
         for at in range(0, len(uids), size):
             box, sizes, part = view.box(), dict[int, int](), uids[at : at + size]
             rows = view.index.picked(box.id, part)
@@ -4741,7 +4736,7 @@ class ImapSession(CommandSession):
         if modseqs:
             yield from self.use_condstore()
         found, highest = [""], 0
-        for message in self.walk(view, view.uids, BATCH if key.cost < 2 else BATCH_READ):
+        for message in self.walk(view, view.uids):
             with contextlib.suppress(Vanished):
                 if key.test(message):
                     found.append(str(message.row.uid if self.by_uid else message.number))
@@ -4752,14 +4747,13 @@ class ImapSession(CommandSession):
 
     def fetch(self, view: View, ranges: Ranges, wanted: tuple[list[Item], int]) -> Step:
         items, since = wanted
-        uids = self.pick(view, ranges)
+        uids, there = self.pick(view, ranges), 0
         items = [Item(b"UID", b"UID")] * self.by_uid + items
         items += [Item(b"MODSEQ", b"MODSEQ")] * (since >= 0)
         if any(item.kind == b"MODSEQ" for item in items):
             yield from self.use_condstore()
-        size, there = BATCH if all(item.kind in INDEXED for item in items) else BATCH_READ, 0
         see = not view.readonly and any(item.seen for item in items)
-        for message in self.walk(view, uids, size, see):
+        for message in self.walk(view, uids, see):
             with contextlib.suppress(Vanished):
                 for part in self.fetched(message, items) if message.row.modseq > since else [b""]:
                     yield from pieces(part)
