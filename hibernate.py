@@ -3932,34 +3932,21 @@ class View:
     name: str
     readonly: bool
     uidvalidity: int
-    uidnext: int
-    recent: list[int]  # pairs: new to this session are the UIDs from one, below the other
-    keywords: int  # how many the client knows
-    modseq: int  # up to here it knows of changed flags
-    expunged: int  # and up to here of expunged messages
-    new: int  # the folder's times before the last look
-    cur: int
+    uidnext: int = 0  # before the first look
+    recent: list[int] = field(default_factory=list)  # pairs: UIDs from one, below the other
+    keywords: int = -1  # how many the client knows
+    modseq: int = 0  # up to here it knows of changed flags
+    expunged: int = 0  # and up to here of expunged messages
+    new: int = 0  # the folder's times before the last look
+    cur: int = 0
     known: array[int] | None = None
-
-    @classmethod
-    def select(cls, home: str, name: str, readonly: bool) -> View:
-        index = Index.at(home)
-        box, times = index.refresh(index.by_name(name), claim=not readonly)
-        view = cls(
-            home, box.id, box.name, readonly, box.uidvalidity, box.uidnext,
-            [], -1, box.modseq, box.modseq, *times,
-        )
-        view.claim(box)
-        return view
 
     def claim(self, box: Mailbox) -> None:
         """What nobody had been told of is \\Recent here, and in no other session."""
-        if box.recent < box.uidnext:
-            more = [box.recent, box.uidnext]
-            if self.recent and box.recent <= self.recent[-1]:
-                more = [self.recent.pop(-2), box.uidnext]
-                self.recent.pop()
-            self.recent = [*self.recent, *more][-8:]
+        if self.recent and box.recent <= self.recent[-1]:
+            self.recent[-1] = box.uidnext
+        elif box.recent < box.uidnext:
+            self.recent = [*self.recent, box.recent, box.uidnext][-8:]
 
     @property
     def index(self) -> Index:
@@ -3977,8 +3964,7 @@ class View:
             rows = self.query(
                 "SELECT uid FROM message WHERE box = ?1 AND uid < ?2 UNION "
                 "SELECT uid FROM expunged WHERE box = ?1 AND uid < ?2 AND modseq > ?3 ORDER BY 1",
-                self.uidnext, self.expunged,
-            )
+                self.uidnext, self.expunged)
             self.known = array("I", (row[0] for row in rows))
         return self.known
 
@@ -4020,51 +4006,47 @@ class View:
             dead = [row[0] for row in rows]
             query = f"SELECT uid, flags, keywords, modseq FROM message {since}"
             changed = self.query(query, self.modseq, self.uidnext)
-            fresh = [row.uid for row in index.rows(box.id, self.uidnext)]
+            query = "SELECT uid FROM message WHERE box = ? AND uid >= ? ORDER BY uid"
+            fresh = [row[0] for row in self.query(query, self.uidnext)]
             if dead or fresh or changed:
                 self.uids  # noqa: B018  made now, of this moment
-        lines = self.flag_lines() if len(box.keywords.split()) != self.keywords else []
+        words = box.keywords.split()
+        lines = [self.flag_lines(words)] if len(words) != self.keywords else []
         lines += [describe(row, self.number(row[0]), self.is_recent(row[0])) for row in changed]
         self.name, self.modseq = box.name, box.modseq
+        self.new, self.cur = UNSETTLED
         if expunges or not dead:
-            lines += self.resize(dead, fresh)
+            lines += self.resize(dead, fresh) if dead or fresh or not self.uidnext else []
             self.uidnext, self.expunged = box.uidnext, box.modseq
             self.new, self.cur = times
-        else:
-            self.new, self.cur = UNSETTLED
         return lines
 
     def resize(self, dead: list[int], fresh: list[int]) -> list[str]:
-        if not dead and not fresh:
-            return []
         lines, recents = [], self.recents()
         for uid in reversed(dead):
             if number := self.number(uid):
                 del self.uids[number - 1]
                 lines.append(f"* {number} EXPUNGE\r\n")
         self.uids.extend(fresh)
-        if fresh:
+        if fresh or not self.uidnext:
             lines.append(f"* {len(self.uids)} EXISTS\r\n")
-        if self.recents() != recents:
+        if self.recents() != recents or not self.uidnext:
             lines.append(f"* {self.recents()} RECENT\r\n")
         return lines
 
-    def flag_lines(self) -> list[str]:
-        words = self.box().keywords.split()
+    def flag_lines(self, words: list[str]) -> str:
         self.keywords = len(words)
         flags = " ".join([SYSTEM_FLAGS, *words])
         usual = f"({flags} \\*)] Flags permitted."
         permanent = "()] Read-only mailbox." if self.readonly else usual
-        return [f"* FLAGS ({flags})\r\n* OK [PERMANENTFLAGS {permanent}\r\n"]
+        return f"* FLAGS ({flags})\r\n* OK [PERMANENTFLAGS {permanent}\r\n"
 
 
 class Candidate:
     """A message that FETCH or SEARCH looks at; its file is read when something in it is asked."""
 
     def __init__(self, view: View, box: Mailbox, row: MessageRow, sizes: dict[int, int]) -> None:
-        self.view = view
-        self.box = box
-        self.row = row
+        self.view, self.box, self.row = view, box, row
         self.sizes = sizes  # those computed, for the index
         self.number = view.number(row.uid)
         self.recent = view.is_recent(row.uid)
@@ -4078,11 +4060,12 @@ class Candidate:
             self.sizes[self.row.uid] = self.message.size
         return self.row.size or self.message.size
 
-    def seconds(self) -> float:
-        return self.view.index.date(self.box, self.row)
+    def when(self) -> datetime.datetime:
+        seconds = self.view.index.date(self.box, self.row)
+        return datetime.datetime.fromtimestamp(seconds).astimezone()
 
     def day(self) -> int:
-        return datetime.date.fromtimestamp(self.seconds()).toordinal()
+        return self.when().toordinal()
 
     def sent_day(self) -> float:
         sent = self.message.sent_date()
@@ -4104,7 +4087,7 @@ class Candidate:
 ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {
     b"UID": lambda m: b"%d" % m.row.uid,
     b"FLAGS": lambda m: flag_list(m.row.flags, m.row.keywords, m.recent).encode(),
-    b"INTERNALDATE": lambda m: internal_date(m.seconds()),
+    b"INTERNALDATE": lambda m: f'"{m.when():%d-%b-%Y %H:%M:%S %z}"'.encode(),
     b"RFC822.SIZE": lambda m: b"%d" % m.size(),
     b"MODSEQ": lambda m: b"(%d)" % m.row.modseq,
     b"ENVELOPE": lambda m: m.message.envelope(),
@@ -4142,7 +4125,7 @@ for _name in ("Bcc", "Cc", "From", "Subject", "To"):
 
 
 def pieces(data: bytes) -> Iterator[bytes]:
-    return (data[at : at + 32768] for at in range(0, len(data), 32768))
+    return (data[at : at + 32768] for at in range(0, len(data) or 1, 32768))
 
 
 def every(keys: list[Key]) -> Key:
@@ -4150,19 +4133,17 @@ def every(keys: list[Key]) -> Key:
     return Key(keys[-1].cost, lambda m: all(key.test(m) for key in keys))
 
 
+def bounds(ranges: Ranges, last: int) -> Iterator[list[int]]:
+    return (sorted(last if end == STAR else end for end in ends) for ends in ranges)
+
+
 def within(number: int, ranges: Ranges, last: int) -> bool:
-    bounds = (sorted(last if end == STAR else end for end in ends) for ends in ranges)
-    return any(low <= number <= high for low, high in bounds)
+    return any(low <= number <= high for low, high in bounds(ranges, last))
 
 
 def flag_list(letters: str, keywords: str, recent: bool) -> str:
     names = [name for name, letter in LETTERS.items() if letter in letters]
     return "(" + " ".join(names + ["\\Recent"] * recent + keywords.split()) + ")"
-
-
-def internal_date(seconds: float) -> bytes:
-    when = datetime.datetime.fromtimestamp(seconds).astimezone()
-    return f'"{when:%d-%b-%Y %H:%M:%S %z}"'.encode()
 
 
 def atom_or_quoted(name: str) -> bytes:
@@ -4178,14 +4159,15 @@ def wildcard(pattern: str, name: str) -> bool:
     """
     if name == "INBOX" or name.startswith("INBOX."):
         pattern = pattern[:5].upper() + pattern[5:]
-    reached = [True] + [False] * len(name)  # reached[i]: the pattern so far matches name[:i]
+    reached = {0}  # the pattern so far matches these lengths of the name
     for char in pattern:
         if char in "*%":
-            for i, each in enumerate(name):
-                reached[i + 1] |= reached[i] and (char == "*" or each != ".")
+            for at, each in enumerate(name):
+                if at in reached and (char == "*" or each != "."):
+                    reached.add(at + 1)
         else:
-            reached = [False] + [here and each == char for here, each in zip(reached, name)]
-    return reached[-1]
+            reached = {at + 1 for at in reached if name[at : at + 1] == char}
+    return len(name) in reached
 
 
 def with_parents(names: Sequence[str]) -> list[str]:
@@ -4201,31 +4183,24 @@ def compact_set(uids: Sequence[int]) -> str:
     """
     runs: list[list[int]] = []
     for uid in uids:
-        if runs and runs[-1][1] == uid - 1:
-            runs[-1][1] = uid
+        if runs and runs[-1][-1] == uid - 1:
+            runs[-1][1:] = [uid]
         else:
-            runs.append([uid, uid])
-    return ",".join(f"{low}:{high}" if low < high else str(low) for low, high in runs)
-
-
-def refusal(error: Exception) -> str:
-    """The NO for what went wrong; the system's and our own faults are logged."""
-    if isinstance(error, MailError):
-        return f"NO [{error.code}] {error}."
-    code, number = getattr(error, "sqlite_errorcode", 0) & 255, getattr(error, "errno", 0)
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return "NO [INUSE] Mailbox is in use by another session."
-    log.error("%s: %s", type(error).__name__, error)
-    if code == sqlite3.SQLITE_FULL or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "NO [OVERQUOTA] Not enough disk space."
-    return "NO [SERVERBUG] Internal error, it is in the server's log."
+            runs.append([uid])
+    return ",".join(":".join(map(str, run)) for run in runs)
 
 
 class Command(NamedTuple):
-    method: Callable[..., str | Step]
+    """The method returns, or yields and then returns, a response code for the OK, or None."""
+
+    method: Callable[..., Any]
     arguments: tuple[Callable[[Parser], Any], ...] = ()  # each after a space
     selected: bool = False  # needs a mailbox; the method gets the view first
     tells: bool | None = None  # what is new: nothing, all but EXPUNGE (False), or all
+
+
+FAULTS = MailError, OSError, sqlite3.Error  # what is answered by NO
+ONE_NAME, TWO_NAMES = (Parser.mailbox,), (Parser.mailbox, Parser.mailbox)
 
 
 class CommandSession(Session):
@@ -4233,24 +4208,27 @@ class CommandSession(Session):
 
     commands: dict[str, Command] = {}
     bad_limit = BAD_LIMIT
+    line_limit = LOGIN_INPUT
     tag_syntax = re.compile(TAG.pattern.decode())
+    command = b""  # the command so far
+    literal = 0  # bytes of its literal that are still to come
+    upload: Delivery | None = None  # where they go if they are APPEND's message
+    fault: Exception | None = None  # why they are skipped: the answer of the command
+    bad = 0  # bad commands in a row
+    running = "*"  # tag of the command that is executed
+    by_uid = False
+    asked = ""  # tag of the command that waits for the next line: see continued()
+    view: View | None = None
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.command = b""  # the command so far
-        self.literal = 0  # bytes of its literal that are still to come
-        self.bad = 0  # bad commands in a row
-        self.running = "*"  # tag of the command that is executed
-        self.by_uid = False
-        self.asked = False  # the next line isn't a command, but for continued()
-        self.view: View | None = None
-        self.upload: Delivery | str | None = None  # where APPEND's message goes, or the NO for it
-
-    def line_limit(self) -> int:
-        return LOGIN_INPUT
+    @property
+    def index(self) -> Index:
+        return Index.at(self.home)
 
     def movable(self) -> bool:
-        return not (self.command or self.literal or self.upload or self.asked)
+        return not (self.command or self.asked)
+
+    def closed(self) -> None:
+        self.drop_upload()
 
     @classmethod
     def farewell(cls, reason: str) -> bytes:
@@ -4264,103 +4242,115 @@ class CommandSession(Session):
         return f"{self.running} {text}\r\n".encode()
 
     def step(self) -> Reply | None:
-        while True:
-            if self.literal and not self.take_literal():
-                return None
-            end = self.buffer.find(b"\n") + 1
-            if len(self.command) + (end or len(self.buffer)) > self.line_limit():
-                return self.too_long()
-            if not end:
-                return None
-            start, line = len(self.command), self.command + self.buffer[:end]
-            self.command = b""
-            del self.buffer[:end]
-            if self.asked or self.tag:
-                return self.continued(line.strip(b"\r\n"))
-            if found := LITERAL.search(line, start):
-                return self.literal_begins(line, found)
-            return self.run(line[: -2 if line.endswith(b"\r\n") else -1])
+        self.running = "*"
+        if self.literal and not self.take_literal():
+            return None
+        end = self.buffer.find(b"\n") + 1
+        if len(self.command) + (end or len(self.buffer)) > self.line_limit:
+            return self.too_long()
+        if not end:
+            return None
+        start, line = len(self.command), self.command + self.buffer[:end]
+        self.command = b""
+        del self.buffer[:end]
+        if self.asked or self.tag:
+            return self.run(self.continued(line.strip(b"\r\n")))
+        if found := LITERAL.search(line, start):
+            return self.run(self.literal_begins(line, found))
+        return self.run(self.execute(line[: -2 if line.endswith(b"\r\n") else -1]))
 
     def take_literal(self) -> bool:
         data = bytes(self.buffer[: self.literal])
         del self.buffer[: len(data)]
         self.literal -= len(data)
-        if self.upload is None:
-            self.command += data
-        elif isinstance(self.upload, Delivery):
-            try:
+        try:
+            if self.upload and not self.fault:
                 self.upload.write(data)
-            except OSError as error:
-                self.drop_upload(refusal(error))
+            elif not self.fault:
+                self.command += data
+        except OSError as error:
+            self.fault = error
         return not self.literal
 
-    def drop_upload(self, answer: str | None = None) -> None:
-        if isinstance(self.upload, Delivery):
+    def drop_upload(self) -> None:
+        if self.upload:
             self.upload.drop()
-        self.upload = answer
+        self.upload = self.fault = None
 
     def too_long(self) -> Reply:
         self.buffer.clear()
         yield b"* BAD Command line too long.\r\n" + self.bye("Command line too long")
 
-    def literal_begins(self, line: bytes, found: re.Match[bytes]) -> Reply:
+    def literal_begins(self, line: bytes, found: re.Match[bytes]) -> Step:
         """It may be refused before it is sent, unless the client doesn't wait (RFC 7888)."""
         size, waits = int(found[1]), not found[2]
-        tag = TAG.match(line)
-        self.running = tag[0].decode() if tag else "*"
-        self.upload = self.upload_for(line, found.start(), size)
-        if self.upload is None and len(line) + size > self.line_limit():
-            yield self.say("BAD [TOOBIG] Literal too long.")
-            if not waits:
-                yield self.bye("Literal too long")
-        elif isinstance(self.upload, str) and waits:
-            yield self.say(self.upload)
-            self.upload = None
-        else:
-            self.command, self.literal = line, size
+        if tag := TAG.match(line):
+            self.running = tag[0].decode()
+        try:
+            if self.upload or self.fault:
+                raise self.fault or BadCommand("Invalid arguments")
+            self.upload = self.upload_for(line, found.start(), size)
+            if not self.upload and len(line) + size > self.line_limit:
+                raise BadCommand("[TOOBIG] Literal too long")
+        except (BadCommand, *FAULTS) as error:
             if waits:
-                yield b"+ OK\r\n"
+                raise
+            self.fault = error
+        self.command, self.literal = line, size
+        if waits:
+            yield b"+ OK\r\n"
+        return ""
 
-    def upload_for(self, line: bytes, start: int, size: int) -> Delivery | str | None:
+    def upload_for(self, line: bytes, start: int, size: int) -> Delivery | None:
         """Where a literal goes that is a message; None: it is an argument like others."""
         return None
 
-    def continued(self, line: bytes) -> Reply:
+    def continued(self, line: bytes) -> Step:
         raise NotImplementedError
 
-    def run(self, line: bytes) -> Reply:
-        """One command: in any case it is answered."""
-        tells: bool | None = None
-        self.running = "*"
+    def run(self, work: Step) -> Reply:
+        """Whatever comes of a line, it is answered; "" says that more lines are to come."""
         try:
-            command, arguments = self.parse(Parser(line))
-            result = command.method(self, *arguments)
-            text = result if isinstance(result, str) else (yield from result)
-            tells = command.tells if text.startswith("OK") else None
-            self.bad = 0
+            if text := (yield from work):
+                text = f"OK {text}"
         except BadCommand as error:
             text = f"BAD {error}."
-            self.bad += 1
-        except (MailError, OSError, sqlite3.Error) as error:
-            text = refusal(error)
-            if getattr(error, "sqlite_errorcode", 0) & 255 == sqlite3.SQLITE_CORRUPT:
-                Index.at(self.home).put_aside(error)
+        except FAULTS as error:
+            text = self.refusal(error)
+        if not text:
+            return
         self.drop_upload()
-        if tells is not None:
-            yield from self.tell(tells)
-        if text and not self.ended:
+        self.bad = self.bad + 1 if text.startswith("BAD") else 0
+        if not self.ended:
             yield self.say(text)
         if self.bad >= self.bad_limit:
             yield self.bye("Too many invalid commands")
 
-    def parse(self, parser: Parser) -> tuple[Command, list[Any]]:
+    def refusal(self, error: Exception) -> str:
+        """The NO for what went wrong; the system's and our own faults are logged."""
+        if isinstance(error, MailError):
+            return f"NO [{error.code}] {error}."
+        code, number = getattr(error, "sqlite_errorcode", 0) & 255, getattr(error, "errno", 0)
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return "NO [INUSE] Mailbox is in use by another session."
+        log.error("%s: %s", type(error).__name__, error)
+        if code == sqlite3.SQLITE_CORRUPT:
+            self.index.put_aside(error)
+        if code == sqlite3.SQLITE_FULL or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return "NO [OVERQUOTA] Not enough disk space."
+        return "NO [SERVERBUG] Internal error, it is in the server's log."
+
+    def execute(self, line: bytes) -> Step:
+        """One command; what its OK says."""
+        parser = Parser(line)
         self.running = parser.must(TAG, "tag")[0].decode()
+        if self.fault:
+            raise self.fault
         parser.need(b" ")
         name = parser.atom()
         self.by_uid = name == "UID" and parser.take(b" ")
-        if self.by_uid:
-            name = "UID " + parser.atom()
-        if not (command := self.commands.get(name)):
+        name = parser.atom() if self.by_uid else name
+        if not (command := self.commands.get("UID " * self.by_uid + name)):
             raise BadCommand(f"Unknown command {name}")
         if command.selected and not self.view:
             raise BadCommand("No mailbox selected")
@@ -4370,7 +4360,13 @@ class CommandSession(Session):
                 parser.need(b" ")
             arguments.append(argument(parser))
         parser.end()
-        return command, arguments
+        result = command.method(self, *arguments)
+        code = (yield from result) if isinstance(result, Generator) else result
+        if command.tells is not None:
+            yield from self.tell(command.tells)
+        if self.asked or self.tag:
+            return ""
+        return " ".join(filter(None, (code, name.capitalize(), "completed.")))
 
     def tell(self, expunges: bool) -> Reply:
         yield from ()
@@ -4379,20 +4375,17 @@ class CommandSession(Session):
         after_login = " NAMESPACE CHILDREN UNSELECT UIDPLUS MOVE CONDSTORE"
         return CAPABILITY + (after_login if self.user else " AUTH=PLAIN")
 
-    def capability(self) -> Step:
+    def capability(self) -> Reply:
         yield f"* CAPABILITY {self.capabilities()}\r\n".encode()
-        return "OK Capability completed."
 
-    def noop(self, view: View | None = None) -> str:
-        return "OK NOOP completed." if view is None else "OK Check completed."
+    def noop(self, view: View | None = None) -> None:
+        """Also CHECK: what is new is told in any case."""
 
-    def id(self, client: bytes) -> Step:
+    def id(self, client: bytes) -> Reply:
         yield b'* ID ("name" "hibernate.py")\r\n'
-        return "OK ID completed."
 
-    def logout(self) -> Step:
+    def logout(self) -> Reply:
         yield self.bye("Logging out") + self.say("OK Logout completed.")
-        return ""
 
     commands = {
         "CAPABILITY": Command(capability),
@@ -4418,31 +4411,27 @@ class LoginSession(CommandSession):
         reply = json.loads((yield Ask("auth", request.encode())) or "[]")
         if reply[:1] == ["no"]:
             yield Pause(self.config.auth_failure_delay)
-            return f"NO {reply[1]}"
+            raise MailError(*reply[1][1:-1].split("] "))
         reason = "no answer from auth"
         if reply:
             self.user = reply[1]
             reason = yield Move("imap", reply[2], reply[3], self.running)
             self.user = ""
         self.log(f"log-in impossible: {reason}")
-        return "NO [UNAVAILABLE] Temporary failure, try again later."
+        raise MailError("UNAVAILABLE", "Temporary failure, try again later")
 
     def authenticate(self, mechanism: str, initial: bytes) -> Step:
         if mechanism != "PLAIN":
-            return "NO [CANNOT] Unsupported authentication mechanism."
+            raise MailError("CANNOT", "Unsupported authentication mechanism")
         if initial:
             return (yield from self.plain(initial.strip(b" ")))
-        self.asked = True
+        self.asked = self.running
         yield b"+ \r\n"
         return ""
 
-    def continued(self, line: bytes) -> Reply:
-        self.asked = False
-        try:
-            text = yield from self.plain(line)
-        except BadCommand as error:
-            text = f"BAD {error}."
-        yield self.say(text)
+    def continued(self, line: bytes) -> Step:
+        self.running, self.asked = self.asked, ""
+        return (yield from self.plain(line))
 
     def plain(self, line: bytes) -> Step:
         try:
@@ -4450,7 +4439,7 @@ class LoginSession(CommandSession):
         except ValueError:
             raise BadCommand("Authentication aborted") from None
         if identity not in (b"", user):
-            return "NO [AUTHORIZATIONFAILED] Nobody logs in for others here."
+            raise MailError("AUTHORIZATIONFAILED", "Nobody logs in for others here")
         return (yield from self.login(user, password))
 
     commands = CommandSession.commands | {
@@ -4464,11 +4453,7 @@ class ImapSession(CommandSession):
 
     watch_dirs = ("new", "cur")
     still_here = b"* OK Still here\r\n"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.condstore = False
-        self.own: set[int] = set()  # MODSEQs of changes that the client made and knows
+    condstore = False
 
     def arrived(self, answer: str) -> Reply:
         if answer:
@@ -4480,9 +4465,11 @@ class ImapSession(CommandSession):
         return [self.condstore, *(list(vars(self.view).values())[1:-1] if self.view else [])]
 
     def thaw(self, state: list[Any]) -> None:
-        self.input_limit = max(self.input_limit, self.line_limit() + 1)
+        self.line_limit = int(self.config.max_line_length)
+        self.input_limit = max(self.input_limit, self.line_limit + 1)
         if len(state) not in (0, 1, 12):
             raise ValueError("not an IMAP session")
+        self.own = set[int]()  # MODSEQs of changes that the client made and knows
         self.condstore = bool(state and state[0])
         self.view = View(self.home, *state[1:]) if state[1:] else None
 
@@ -4495,15 +4482,8 @@ class ImapSession(CommandSession):
         if not data or not found or bool(found[1]) != bool(tag):
             return None
         answer = f"{tag} OK Idle completed.\r\n".encode() if tag else b""
-        if not found[2]:
-            return answer, len(data), ""
-        return answer + b"+ idling\r\n", len(data), found[2].decode()
-
-    def closed(self) -> None:
-        self.drop_upload()
-
-    def line_limit(self) -> int:
-        return int(self.config.max_line_length)
+        again = b"+ idling\r\n" if found[2] else b""
+        return answer + again, len(data), (found[2] or b"").decode()
 
     def stirred(self) -> Reply:
         """Tell all; if the folder is changing this moment, again when its time has settled."""
@@ -4518,12 +4498,11 @@ class ImapSession(CommandSession):
             lines = self.view.look(expunges, self.describe) if self.view else []
         except MailError as error:
             yield self.bye(str(error))
-            return
-        except (OSError, sqlite3.Error) as error:
-            refusal(error)
-            return
-        self.own.clear()
-        yield from pieces("".join(lines).encode())
+        except FAULTS as error:
+            self.refusal(error)
+        else:
+            self.own.clear()
+            yield from pieces("".join(lines).encode())
 
     def describe(self, row: tuple[int, str, str, int], number: int, recent: bool) -> str:
         """A FETCH line for changed flags; the client knows of what it has done itself."""
@@ -4542,29 +4521,26 @@ class ImapSession(CommandSession):
             yield f"* OK [HIGHESTMODSEQ {self.view.modseq}] Highest\r\n".encode()
         self.condstore = True
 
-    def enable(self, names: bytes) -> Step:
+    def enable(self, names: bytes) -> Reply:
         if b"CONDSTORE" in names.upper().split():
             yield from self.use_condstore()
             yield b"* ENABLED CONDSTORE\r\n"
-        return "OK Enabled."
 
-    def namespace(self) -> Step:
+    def namespace(self) -> Reply:
         yield b'* NAMESPACE (("" ".")) NIL NIL\r\n'
-        return "OK Namespace completed."
 
-    def idle(self) -> Step:
+    def idle(self) -> Reply:
         yield b"+ idling\r\n"
         self.tag = self.running
         yield from self.stirred()
-        return ""
 
-    def continued(self, line: bytes) -> Reply:
+    def continued(self, line: bytes) -> Step:
         """The end of IDLE."""
         self.running, self.tag = self.tag, ""
         yield from self.tell(True)
-        if not self.ended:
-            done = line.strip().upper() == b"DONE"
-            yield self.say("OK Idle completed." if done else "BAD Expected DONE.")
+        if line.strip().upper() != b"DONE":
+            raise BadCommand("Expected DONE")
+        return "Idle completed."
 
     # Mailboxes
 
@@ -4573,83 +4549,72 @@ class ImapSession(CommandSession):
             self.view = None
             yield b"* OK [CLOSED] Previous mailbox closed.\r\n"
         self.condstore |= condstore
-        view = self.view = View.select(self.home, name, readonly)
-        lines = view.flag_lines()
-        lines += [f"* {len(view.uids)} EXISTS\r\n* {view.recents()} RECENT\r\n"]
-        query = "SELECT uid FROM message WHERE box = ? AND flags NOT LIKE '%S%' ORDER BY uid"
-        for uid, in view.query(query + " LIMIT 1"):
-            lines.append(f"* OK [UNSEEN {view.number(uid)}] First unseen.\r\n")
+        box = self.index.by_name(name)
+        view = View(self.home, box.id, box.name, readonly, box.uidvalidity)
+        lines = view.look(True, self.describe)
+        self.view = view
+        query = "SELECT min(uid) FROM message WHERE box = ? AND flags NOT LIKE '%S%'"
+        if unseen := view.number(view.query(query)[0][0] or 0):
+            lines.append(f"* OK [UNSEEN {unseen}] First unseen.\r\n")
         lines.append(f"* OK [UIDVALIDITY {view.uidvalidity}] UIDs valid\r\n")
         lines.append(f"* OK [UIDNEXT {view.uidnext}] Predicted next UID\r\n")
         lines.append(f"* OK [HIGHESTMODSEQ {view.modseq}] Highest\r\n")
         yield "".join(lines).encode()
-        code, command = ("READ-ONLY", "Examine") if readonly else ("READ-WRITE", "Select")
-        return f"OK [{code}] {command} completed."
+        return "[READ-ONLY]" if readonly else "[READ-WRITE]"
 
-    def create(self, name: str) -> str:
-        Index.at(self.home).create_folder(name.removesuffix("."))
-        return "OK Create completed."
+    def create(self, name: str) -> None:
+        self.index.create_folder(name.removesuffix("."))
 
-    def delete(self, name: str) -> str:
-        Index.at(self.home).delete_folder(name)
+    def delete(self, name: str) -> None:
+        self.index.delete_folder(name)
         if self.view and self.view.name == name:
             self.view = None
-        return "OK Delete completed."
 
-    def rename(self, old: str, new: str) -> str:
-        Index.at(self.home).rename_folder(old, new)
-        return "OK Rename completed."
+    def subscribe(self, name: str) -> None:
+        self.index.must_exist(name)
+        self.index.subscribe(name, True)
 
-    def subscribe(self, name: str, wanted: bool = True) -> str:
-        if wanted:
-            Index.at(self.home).must_exist(name)
-        Index.at(self.home).subscribe(name, wanted)
-        return f"OK {'Subscribe' if wanted else 'Unsubscribe'} completed."
-
-    def list_names(self, reference: str, pattern: str) -> Step:
-        names = Index.at(self.home).names()
+    def list_names(self, reference: str, pattern: str, lsub: bool = False) -> Reply:
+        """LIST and LSUB; there a parent that isn't subscribed itself shows only where "%" hides
+        its children."""
+        names = self.index.subscriptions() if lsub else self.index.names()
+        command, row = b"LSUB" if lsub else b"LIST", b'* %b (%b) "." %b\r\n'
         if not pattern:
-            yield b'* LIST (\\Noselect) "." ""\r\n'
-        for name in with_parents(names) if pattern else ():
+            yield row % (command, b"\\Noselect", b'""')
+            return
+        for name in names if lsub and not pattern.endswith("%") else with_parents(names):
             if wildcard(reference + pattern, name):
-                children = any(each.startswith(name + ".") for each in names)
-                flags = b"" if name in names else b"\\Noselect "
-                flags += b"\\HasChildren" if children else b"\\HasNoChildren"
-                yield b'* LIST (%b) "." %b\r\n' % (flags, atom_or_quoted(name))
-        return "OK List completed."
+                flags = [b"\\Noselect"] * (name not in names)
+                if not lsub:
+                    children = any(each.startswith(name + ".") for each in names)
+                    flags.append(b"\\HasChildren" if children else b"\\HasNoChildren")
+                yield row % (command, b" ".join(flags), atom_or_quoted(name))
 
-    def lsub(self, reference: str, pattern: str) -> Step:
-        """A parent that isn't subscribed itself shows only where "%" hides its children."""
-        names, pattern = Index.at(self.home).subscriptions(), reference + pattern
-        for name in with_parents(names) if pattern.endswith("%") else names:
-            if wildcard(pattern, name):
-                flags = b"" if name in names else b"\\Noselect"
-                yield b'* LSUB (%b) "." %b\r\n' % (flags, atom_or_quoted(name))
-        return "OK Lsub completed."
-
-    def status(self, name: str, items: list[str]) -> Step:
-        index = Index.at(self.home)
-        box = index.refresh(index.by_name(name))[0]
+    def status(self, name: str, items: list[str]) -> Reply:
+        box = self.index.refresh(self.index.by_name(name))[0]
         query = (
             "SELECT count(*), ifnull(sum(uid >= ?), 0), ifnull(sum(flags NOT LIKE '%S%'), 0)"
-            " FROM message WHERE box = ?"
-        )
-        count, recent, unseen = index.db.execute(query, (box.recent, box.id)).fetchone()
+            " FROM message WHERE box = ?")
+        count, recent, unseen = self.index.db.execute(query, (box.recent, box.id)).fetchone()
         if self.view and self.view.id == box.id and not self.view.readonly:
             recent += self.view.recents()
         values = {
             "MESSAGES": count, "RECENT": recent, "UIDNEXT": box.uidnext, "UNSEEN": unseen,
-            "UIDVALIDITY": box.uidvalidity, "HIGHESTMODSEQ": box.modseq,
-        }
+            "UIDVALIDITY": box.uidvalidity, "HIGHESTMODSEQ": box.modseq}
         if unknown := set(items) - set(values):
             raise BadCommand(f"Invalid status item {unknown.pop()}")
         if "HIGHESTMODSEQ" in items:
             yield from self.use_condstore()
         text = " ".join(f"{item} {values[item]}" for item in items)
         yield b"* STATUS %b (%b)\r\n" % (atom_or_quoted(box.name), text.encode())
-        return "OK Status completed."
 
-    def upload_for(self, line: bytes, start: int, size: int) -> Delivery | str | None:
+    def target(self, name: str) -> Mailbox:
+        """Where to append or copy to; the client may create it and try again."""
+        if not self.index.exists(name):
+            raise MailError("TRYCREATE", f"Mailbox doesn't exist: {name}")
+        return self.index.by_name(name)
+
+    def upload_for(self, line: bytes, start: int, size: int) -> Delivery | None:
         parser = Parser(line)
         try:
             parser.must(re.compile(TAG.pattern + rb" APPEND ", re.I))
@@ -4658,49 +4623,41 @@ class ImapSession(CommandSession):
             return None
         if begins != start:
             return None
-        try:
-            if not size:
-                raise MailError("CANNOT", "Can't save a message without a byte")
-            if size > self.config.mail_max_message_size:
-                raise MailError("TOOBIG", "Message is too large")
-            index = Index.at(self.home)
-            return Delivery(index.folder(index.by_name(name).name))
-        except (MailError, OSError, sqlite3.Error) as error:
-            return refusal(error).replace("NONEXISTENT", "TRYCREATE")
+        if not size:
+            raise MailError("CANNOT", "Can't save a message without a byte")
+        if size > self.config.mail_max_message_size:
+            raise MailError("TOOBIG", "Message is too large")
+        return Delivery(self.index.folder(self.target(name).name))
 
     def append(self, arguments: tuple[str, str, list[str], float | None, int]) -> str:
         name, flags, keywords, when, _ = arguments
-        if not isinstance(self.upload, Delivery):
-            return self.upload or "BAD Invalid arguments."
+        if not self.upload:
+            raise BadCommand("Invalid arguments")
         self.upload.finish(when)
-        box = Index.at(self.home).by_name(name)
-        uid = Index.at(self.home).append(box.id, self.upload, flags, keywords)
+        box = self.target(name)
+        uid = self.index.append(box.id, self.upload, flags, keywords)
         self.upload = None
-        return f"OK [APPENDUID {box.uidvalidity} {uid}] Append completed."
+        return f"[APPENDUID {box.uidvalidity} {uid}]"
 
     # With a mailbox
 
-    def unselect(self, view: View) -> str:
+    def unselect(self, view: View) -> None:
         self.view = None
-        return "OK Unselect completed."
 
-    def close(self, view: View) -> str:
+    def close(self, view: View) -> None:
         self.expunge(view)
         self.view = None
-        return "OK Close completed."
 
-    def expunge(self, view: View, ranges: Ranges | None = None) -> str:
+    def expunge(self, view: View, ranges: Ranges | None = None) -> None:
         if not view.readonly:
             uids = view.uids if ranges is None else self.pick(view, ranges)
             view.index.expunge(view.box().id, uids, deleted_only=True)
-        return "OK Expunge completed."
 
     def pick(self, view: View, ranges: Ranges) -> list[int]:
         """The UIDs of a set, in order. A number that isn't there is an error, a UID isn't."""
         uids, wanted = view.uids, set[int]()
         last = (uids[-1] if uids else 0) if self.by_uid else len(uids)
-        for ends in ranges:
-            low, high = sorted(last if end == STAR else end for end in ends)
+        for low, high in bounds(ranges, last):
             if self.by_uid:
                 first, stop = bisect.bisect_left(uids, low), bisect.bisect_right(uids, high)
             elif 0 < low and high <= last:
@@ -4710,39 +4667,40 @@ class ImapSession(CommandSession):
             wanted.update(uids[first:stop])
         return sorted(wanted)
 
-    def batches(
-        self, view: View, uids: Sequence[int], size: int
-    ) -> Iterator[tuple[Mailbox, list[Candidate]]]:
-        """The messages that still exist, some at a time, as the index has them by then."""
+    def walk(self, view: View, uids: Sequence[int], see: bool = False) -> Iterator[Candidate]:
+        """The messages that still exist, some looked up at a time; to `see` them sets \\Seen, of
+        few before they are sent."""
+        size = BATCH_READ if see else BATCH
         for at in range(0, len(uids), size):
-            box, sizes = view.box(), dict[int, int]()
-            rows = view.index.picked(box.id, uids[at : at + size])
-            yield box, [Candidate(view, box, row, sizes) for row in rows]
+            box, sizes, part = view.box(), dict[int, int](), uids[at : at + size]
+            rows = view.index.picked(box.id, part)
+            unseen = [row.uid for row in rows if see and "S" not in row.flags]
+            if unseen:
+                self.own.add(view.index.store(box.id, unseen, "+", "S")[0])
+                rows = view.index.picked(box.id, part)
+            for row in rows:
+                yield Candidate(view, box, row, sizes)
             if sizes:
                 view.index.keep_sizes(box.id, sizes)
 
     def copy(self, view: View, ranges: Ranges, name: str, move: bool = False) -> Step:
         if not (uids := self.pick(view, ranges)):
-            return "OK No messages found."
+            return ""
         if move and view.readonly:
-            return "NO [READ-ONLY] Mailbox is read-only."
-        if not view.index.exists(name):
-            return f"NO [TRYCREATE] Mailbox doesn't exist: {name}."
-        target = view.index.by_name(name)
+            raise MailError("READ-ONLY", "Mailbox is read-only")
+        target = self.target(name)
         old, new = zip(*view.index.copy(view.box(), uids, target, move))
-        code = f"OK [COPYUID {target.uidvalidity} {compact_set(old)} {compact_set(new)}]"
+        code = f"[COPYUID {target.uidvalidity} {compact_set(old)} {compact_set(new)}]"
         if not move:
-            return f"{code} Copy completed."
-        yield f"* {code} Moved UIDs.\r\n".encode()
-        return "OK Move completed."
+            return code
+        yield f"* OK {code} Moved UIDs.\r\n".encode()
+        return ""
 
-    def store(
-        self, view: View, ranges: Ranges, change: tuple[str, bool, int, str, list[str]]
-    ) -> Step:
+    def store(self, view: View, ranges: Ranges, change: tuple[Any, ...]) -> Step:
         how, silent, since, flags, keywords = change
         uids, refused = self.pick(view, ranges), list[int]()
         if view.readonly:
-            return "NO [READ-ONLY] Mailbox is read-only."
+            raise MailError("READ-ONLY", "Mailbox is read-only")
         if since < 2**63:
             yield from self.use_condstore()
         if silent:  # what others changed before would be hidden with our own change
@@ -4752,76 +4710,54 @@ class ImapSession(CommandSession):
             modseq, left = view.index.store(view.box().id, part, how, flags, keywords, since)
             refused += left if self.by_uid else [view.number(uid) for uid in left]
             self.own.update([modseq] * silent)
-            yield b""  # the worker's other sessions have a turn
-        if refused:
-            return f"OK [MODIFIED {compact_set(refused)}] Conditional store failed."
-        return "OK Store completed."
+            yield b""
+        return f"[MODIFIED {compact_set(refused)}]" if refused else ""
 
-    def search(self, view: View, wanted: tuple[Key, bool]) -> Step:
+    def search(self, view: View, wanted: tuple[Key, bool]) -> Reply:
         key, modseqs = wanted
         if modseqs:
             yield from self.use_condstore()
         found, highest = [""], 0
-        for _, messages in self.batches(view, view.uids, BATCH if key.cost < 2 else BATCH_READ):
-            for message in messages:
-                with contextlib.suppress(Vanished):
-                    if key.test(message):
-                        found.append(str(message.row.uid if self.by_uid else message.number))
-                        highest = max(highest, message.row.modseq)
-            yield b""
+        for message in self.walk(view, view.uids):
+            with contextlib.suppress(Vanished):
+                if key.test(message):
+                    found.append(str(message.row.uid if self.by_uid else message.number))
+                    highest = max(highest, message.row.modseq)
+            yield b""  # the worker's other sessions have a turn
         more = f" (MODSEQ {highest})" if modseqs and highest else ""
         yield f"* SEARCH{' '.join(found)}{more}\r\n".encode()
-        return "OK Search completed."
 
     def fetch(self, view: View, ranges: Ranges, wanted: tuple[list[Item], int]) -> Step:
         items, since = wanted
-        uids = self.pick(view, ranges)
+        uids, there = self.pick(view, ranges), 0
         items = [Item(b"UID", b"UID")] * self.by_uid + items
         items += [Item(b"MODSEQ", b"MODSEQ")] * (since >= 0)
         if any(item.kind == b"MODSEQ" for item in items):
             yield from self.use_condstore()
-        size, there = BATCH if all(item.kind in INDEXED for item in items) else BATCH_READ, 0
-        for box, messages in self.batches(view, uids, size):
-            chunk = b""
-            for message in self.mark_seen(view, box, messages, items):
-                try:
-                    for part in self.fetched(message, items) if message.row.modseq > since else ():
-                        chunk += part
-                        if len(chunk) > 32768:
-                            yield from pieces(chunk)
-                            chunk = b""
-                    there += 1
-                except Vanished:
-                    pass
-            yield chunk
-        if there < len(uids):
-            return "OK [EXPUNGEISSUED] Some messages were already expunged."
-        return "OK Fetch completed."
-
-    def mark_seen(
-        self, view: View, box: Mailbox, messages: list[Candidate], items: list[Item]
-    ) -> list[Candidate]:
-        unseen = [each.row.uid for each in messages if "S" not in each.row.flags]
-        if view.readonly or not unseen or not any(item.seen for item in items):
-            return messages
-        self.own.add(view.index.store(box.id, unseen, "+", "S")[0])
-        rows = view.index.picked(box.id, [each.row.uid for each in messages])
-        return [Candidate(view, box, row, messages[0].sizes) for row in rows]
+        see = not view.readonly and any(item.seen for item in items)
+        for message in self.walk(view, uids, see):
+            with contextlib.suppress(Vanished):
+                for part in self.fetched(message, items) if message.row.modseq > since else [b""]:
+                    yield from pieces(part)
+                there += 1
+        return "[EXPUNGEISSUED]" if there < len(uids) else ""
 
     def fetched(self, message: Candidate, items: list[Item]) -> Iterator[bytes]:
         """The answer, first what the index knows, as Dovecot orders it. Nothing is yielded before
         the message is there for the rest, and never more than an item is in memory."""
-        if message.row.modseq in self.own:  # by mark_seen(): tell the flags here
+        if message.row.modseq in self.own:  # by walk(): tell the flags here
             items = [*items, Item(b"FLAGS", b"FLAGS")]
-        items = list(dict.fromkeys(items))
-        values = [message.value(item) for item in items if item.kind in INDEXED]
-        items = [item for item in items if item.kind not in INDEXED]
-        if items:
+        items = sorted(dict.fromkeys(items), key=lambda item: item.kind not in INDEXED)
+        if items[-1].kind not in INDEXED:
             message.message  # noqa: B018
-        yield b"* %d FETCH (%b" % (message.number, b" ".join(values))
+        text, gap = b"* %d FETCH" % message.number, b" ("
         for item in items:
-            yield b" " * bool(values or item is not items[0]) + message.value(item)
-        yield b")\r\n"
+            if item.kind not in INDEXED:
+                yield text
+                text = b""
+            text += gap + message.value(item)
+            gap = b" "
+        yield text + b")\r\n"
 
     commands = CommandSession.commands | {
         "ENABLE": Command(enable, (Parser.rest,)),
@@ -4829,13 +4765,13 @@ class ImapSession(CommandSession):
         "IDLE": Command(idle),
         "SELECT": Command(select, (Parser.mailbox, Parser.condstore)),
         "EXAMINE": Command(partial(select, readonly=True), (Parser.mailbox, Parser.condstore)),
-        "CREATE": Command(create, (Parser.mailbox,)),
-        "DELETE": Command(delete, (Parser.mailbox,)),
-        "RENAME": Command(rename, (Parser.mailbox, Parser.mailbox)),
-        "SUBSCRIBE": Command(subscribe, (Parser.mailbox,)),
-        "UNSUBSCRIBE": Command(partial(subscribe, wanted=False), (Parser.mailbox,)),
+        "CREATE": Command(create, ONE_NAME),
+        "DELETE": Command(delete, ONE_NAME),
+        "RENAME": Command(lambda self, *names: self.index.rename_folder(*names), TWO_NAMES),
+        "SUBSCRIBE": Command(subscribe, ONE_NAME),
+        "UNSUBSCRIBE": Command(lambda self, name: self.index.subscribe(name, False), ONE_NAME),
         "LIST": Command(list_names, (Parser.mailbox, Parser.pattern)),
-        "LSUB": Command(lsub, (Parser.mailbox, Parser.pattern)),
+        "LSUB": Command(partial(list_names, lsub=True), (Parser.mailbox, Parser.pattern)),
         "STATUS": Command(status, (Parser.mailbox, Parser.words), tells=True),
         "APPEND": Command(append, (Parser.append,), tells=True),
         "CHECK": Command(CommandSession.noop, (), True, True),
