@@ -2489,7 +2489,7 @@ def bind(address: str, port: int, reuse_port: bool) -> socket.socket:
 # \Recent goes by UID. Symbolic links are followed: nobody can make one by IMAP.
 # ------------------------------------------------------------------------------------------------
 
-INDEX_VERSION = 0x48420002  # as user_version; any other file in its place is put aside
+INDEX_VERSION = 0x48420003  # as application_id; any other file in its place is put aside
 INDEXES_OPEN = 8  # connections a worker keeps, at about 160 KB and three descriptors each
 INDEX_PATIENCE = 0.2  # seconds to wait for another process's transaction, then NO [INUSE]
 EXPUNGED_KEPT = 7 * 86400  # seconds; no session is that far behind
@@ -2513,7 +2513,7 @@ CREATE TRIGGER erased AFTER DELETE ON mailbox BEGIN
     DELETE FROM message WHERE box = old.id; DELETE FROM expunged WHERE box = old.id; END;
 CREATE TRIGGER gone AFTER DELETE ON message BEGIN INSERT INTO expunged
     SELECT id, modseq + 1, old.uid, strftime('%s', 'now') FROM mailbox WHERE id = old.box; END;
-PRAGMA user_version = {INDEX_VERSION};
+PRAGMA application_id = {INDEX_VERSION};
 COMMIT;
 """
 
@@ -2716,20 +2716,18 @@ class Index:
         return index
 
     def __init__(self, home: str) -> None:
-        self.home = os.fsencode(home)
-        self.path = os.path.join(home, "hibernate.sqlite3")
         make_home(home)
-        fd = os.open(home, os.O_RDONLY)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)  # one process at a time makes an index, or discards one
-            self.connect()
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError as error:
-            self.put_aside(error)
-            self.connect()
-        finally:
-            os.close(fd)
+        self.home, self.path = os.fsencode(home), os.path.join(home, "hibernate.sqlite3")
+        with open(self.path.replace("sqlite3", "uids"), "a") as mark:
+            self.mark = mark.name
+            fcntl.flock(mark, fcntl.LOCK_EX)  # one process at a time makes or discards an index
+            try:
+                self.connect()
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError as error:
+                self.put_aside(error)
+                self.connect()
 
     def put_aside(self, error: Exception) -> None:
         """Out of the way, but there for whoever wants to look. It costs new UIDVALIDITYs."""
@@ -2740,13 +2738,49 @@ class Index:
     def connect(self) -> None:
         self.db = sqlite3.connect(self.path, INDEX_PATIENCE, isolation_level=None)
         self.db.execute("PRAGMA cache_size = -64")
-        version, = self.db.execute("PRAGMA user_version").fetchone()
-        if not version and not self.db.execute("SELECT * FROM sqlite_master").fetchone():
+        version = self.number("PRAGMA application_id")
+        if not version and not self.number("SELECT count(*) FROM sqlite_master"):
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.executescript(SCHEMA)
         elif version != INDEX_VERSION:
             raise sqlite3.DatabaseError("not our index, or of another version")
+        if self.marked()[1] > self.number("PRAGMA user_version"):
+            with self.transaction():  # not before another process's commit is over
+                self.catch_up_with_mark()
         self.file = self.identity()
+
+    def number(self, query: str) -> int:
+        return int(self.db.execute(query).fetchone()[0])
+
+    def marked(self, *values: int) -> list[int]:
+        """What must outlive the index, beside it: the last UIDVALIDITY, how many transactions
+        gave out UIDs (the index has that as user_version), and of the last its mailbox and
+        UIDNEXT. Written before the commit and synced by nobody: it is never late by a kill."""
+        fd = os.open(self.mark, os.O_RDWR)
+        try:
+            if values:
+                os.pwrite(fd, b"%11d%11d%11d%11d\n" % values, 0)
+            return [int(word) for word in os.pread(fd, 99, 0).split()] or [0, 0, 0, 0]
+        finally:
+            os.close(fd)
+
+    def catch_up_with_mark(self) -> None:
+        """An index that is older than its mark: one transaction may have died before its commit,
+        more than one are missing because the file comes from a backup."""
+        _, count, box, uidnext = self.marked()
+        missing = count - self.number("PRAGMA user_version")
+        if missing > 0:
+            query = "UPDATE mailbox SET uidnext = max(uidnext, ?) WHERE id = ?"
+            self.db.execute(query, (uidnext, box))
+            self.db.execute(f"PRAGMA user_version = {count}")
+        if missing > 1 and self.number("SELECT count(*) FROM mailbox"):
+            log.warning("%s: restored from a backup, gets new UIDVALIDITYs", self.path)
+            self.db.execute("UPDATE mailbox SET uidvalidity = ?", (self.new_uidvalidity(),))
+
+    def new_uidvalidity(self) -> int:
+        """Greater than any before, of this index or of a deleted one."""
+        last, *others = self.marked()
+        return self.marked(max(int(time.time()), last + 1), *others)[0]
 
     def identity(self) -> tuple[int, int]:
         try:
@@ -2806,16 +2840,10 @@ class Index:
         return Mailbox(*row)
 
     def insert(self, name: str) -> Mailbox:
-        """A new row. Its UIDVALIDITY is greater than any before, of this index or of a deleted
-        one: the clock, or the last one and one more; a file's time remembers that."""
         self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))  # another program's victim
-        mark = self.path.replace(".sqlite3", ".uidvalidity")
-        with open(mark, "ab") as file:
-            last = int(os.fstat(file.fileno()).st_mtime)
-        value = max(int(time.time()), last + 1)
-        os.utime(mark, (value, value))
         query = "INSERT INTO mailbox (name, uidvalidity) VALUES (?, ?)"
-        return self.by_id(self.db.execute(query, (name, value)).lastrowid or 0)
+        row = self.db.execute(query, (name, self.new_uidvalidity())).lastrowid
+        return self.by_id(row or 0)
 
     def create_folder(self, name: str) -> Mailbox:
         with self.transaction():
@@ -2925,18 +2953,23 @@ class Index:
         except FileNotFoundError:
             raise MailError("NONEXISTENT", "Mailbox was deleted") from None
         self.compare(box, found, times != UNSETTLED)
-        return self.note(number, times), times
+        return self.note(box, times), times
 
-    def note(self, number: int, times: Times) -> Mailbox:
+    def note(self, before: Mailbox, times: Times) -> Mailbox:
         """The end of a change: count on from what it has left in the tables."""
         self.db.execute(
             "UPDATE mailbox SET new = ?, cur = ?,"
             " uidnext = max(uidnext, (SELECT ifnull(max(uid), 0) + 1 FROM message WHERE box = id)),"
             " modseq = max(modseq, (SELECT ifnull(max(modseq), 0) FROM message WHERE box = id),"
             " (SELECT ifnull(max(modseq), 0) FROM expunged WHERE box = id)) WHERE id = ?",
-            (*times, number),
+            (*times, before.id),
         )
-        return self.by_id(number)
+        box = self.by_id(before.id)
+        if box.uidnext > before.uidnext:
+            count = self.number("PRAGMA user_version") + 1
+            self.db.execute(f"PRAGMA user_version = {count}")
+            self.marked(self.marked()[0], count, box.id, box.uidnext)
+        return box
 
     @contextlib.contextmanager
     def change(self, number: int, durable: bool = True) -> Iterator[Mailbox]:
@@ -2948,7 +2981,7 @@ class Index:
             yield box
             if self.db.total_changes != before:
                 new, cur = folder_times(self.folder(box.name))
-                self.note(number, (-new, -cur))
+                self.note(box, (-new, -cur))
 
     def compare(self, box: Mailbox, found: dict[bytes, bytes], calm: bool) -> None:
         """Bring the rows in line with `found`.
