@@ -2549,6 +2549,9 @@ class Mailbox(NamedTuple):
     new: int
     cur: int
 
+    def added(self, uid: int, file: bytes, keywords: str = "") -> MessageRow:
+        return MessageRow(uid, file, flags_of(file), keywords, self.modseq + 1, None)
+
 
 class MessageRow(NamedTuple):
     uid: int
@@ -2605,12 +2608,17 @@ def sweep(folder: bytes) -> None:
 
 def on_file(folder: bytes, file: bytes, action: Callable[[bytes], Any]) -> Any:
     """action(path of the file), wherever another program has just renamed it to."""
-    for _ in range(3):
-        with contextlib.suppress(FileNotFoundError):
-            return action(folder + b"/" + file)
-        if not (file := listing(folder).get(base_of(file), b"")):
-            break
+    with contextlib.suppress(FileNotFoundError, KeyError):
+        for _ in range(3):
+            with contextlib.suppress(FileNotFoundError):
+                return action(folder + b"/" + file)
+            file = listing(folder)[base_of(file)]
     raise Vanished
+
+
+def read_file(path: bytes) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def sync_directory(path: bytes) -> None:
@@ -2670,13 +2678,11 @@ def deliver(home: str, source: BinaryIO) -> None:
     make_home(home)
     delivery = Delivery(os.fsencode(home))
     try:
-        while data := source.read(65536):
-            delivery.write(data)
+        shutil.copyfileobj(source, delivery)
         delivery.finish()
         delivery.keep()
-    except BaseException:
+    finally:
         delivery.drop()
-        raise
 
 
 def check_name(name: str) -> str:
@@ -2744,37 +2750,33 @@ class Index:
             self.db.executescript(SCHEMA)
         elif version != INDEX_VERSION:
             raise sqlite3.DatabaseError("not our index, or of another version")
-        if self.marked()[1] > self.number("PRAGMA user_version"):
+        if self.marked()[2] > self.number("PRAGMA user_version"):
             with self.transaction():  # not before another process's commit is over
-                self.catch_up_with_mark()
+                self.recover()
         self.file = self.identity()
 
     def number(self, query: str) -> int:
         return int(self.db.execute(query).fetchone()[0])
 
     def marked(self, *values: int) -> list[int]:
-        """What must outlive the index, beside it: the last UIDVALIDITY, how many transactions
-        gave out UIDs (the index has that as user_version), and of the last its mailbox and
-        UIDNEXT. Written before the commit and synced by nobody: it is never late by a kill."""
-        fd = os.open(self.mark, os.O_RDWR)
-        try:
+        """What must outlive the index, beside it: the last UIDVALIDITY, and how many UIDs were
+        given out before and after the last transaction that did (the index has its own count as
+        user_version). Written before that commits, and never synced: a copy tells, no crash."""
+        with open(self.mark, "r+b", 0) as file:
             if values:
-                os.pwrite(fd, b"%11d%11d%11d%11d\n" % values, 0)
-            return [int(word) for word in os.pread(fd, 99, 0).split()] or [0, 0, 0, 0]
-        finally:
-            os.close(fd)
+                file.write(b"%11d%11d%11d\n" % values)
+            return [*values] or [int(word) for word in file.read().split()] or [0, 0, 0]
 
-    def catch_up_with_mark(self) -> None:
-        """An index that is older than its mark: one transaction may have died before its commit,
-        more than one are missing because the file comes from a backup."""
-        _, count, box, uidnext = self.marked()
-        missing = count - self.number("PRAGMA user_version")
-        if missing > 0:
-            query = "UPDATE mailbox SET uidnext = max(uidnext, ?) WHERE id = ?"
-            self.db.execute(query, (uidnext, box))
-            self.db.execute(f"PRAGMA user_version = {count}")
-        if missing > 1 and self.number("SELECT count(*) FROM mailbox"):
-            log.warning("%s: restored from a backup, gets new UIDVALIDITYs", self.path)
+    def recover(self) -> None:
+        """The index has given out fewer UIDs than the mark says: those are never given again. A
+        commit may have failed; or this is a new index, or from a backup, and stands for nothing
+        that clients know."""
+        _, before, after = self.marked()
+        missing = max(0, after - self.given)
+        self.db.execute("UPDATE mailbox SET uidnext = uidnext + ?", (missing,))
+        self.db.execute(f"PRAGMA user_version = {self.given + missing}")
+        if self.given < before:
+            log.warning("%s: new, or from a backup: new UIDVALIDITYs", self.path)
             self.db.execute("UPDATE mailbox SET uidvalidity = ?", (self.new_uidvalidity(),))
 
     def new_uidvalidity(self) -> int:
@@ -2796,6 +2798,7 @@ class Index:
         self.db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         self.db.execute(f"BEGIN {kind}")
         try:
+            self.given = self.number("PRAGMA user_version")  # UIDs, in all mailboxes
             yield
             self.db.execute("COMMIT")
         except BaseException:
@@ -2965,10 +2968,10 @@ class Index:
             (*times, before.id),
         )
         box = self.by_id(before.id)
-        if box.uidnext > before.uidnext:
-            count = self.number("PRAGMA user_version") + 1
-            self.db.execute(f"PRAGMA user_version = {count}")
-            self.marked(self.marked()[0], count, box.id, box.uidnext)
+        if more := box.uidnext - before.uidnext:
+            given = self.number("PRAGMA user_version") + more
+            self.db.execute(f"PRAGMA user_version = {given}")
+            self.marked(self.marked()[0], self.given, given)
         return box
 
     @contextlib.contextmanager
@@ -2989,28 +2992,23 @@ class Index:
         readdir(3) may miss a file that is renamed meanwhile. So a message is only gone if it is
         missing in a folder whose time was old before the listing, and the same after it.
         """
-        gone, moved = [], []
-        query = "SELECT uid, file FROM message WHERE box = ?"
-        for uid, file in self.db.execute(query, (box.id,)):
-            now = found.pop(base_of(file), None)
-            if now is None:
-                gone.append(uid)
-            elif now != file:
-                moved.append((now, flags_of(now), box.modseq + 1, box.id, uid))
-        self.db.executemany(
-            "UPDATE message SET file = ?1, flags = ?2,"
-            " modseq = CASE flags WHEN ?2 THEN modseq ELSE ?3 END WHERE box = ?4 AND uid = ?5",
-            moved,
-        )
+        gone, changed = [], []
+        for row in self.rows(box.id):
+            file = found.pop(base_of(row.file), None)
+            if file is None:
+                gone.append(row.uid)
+            elif file != row.file:
+                modseq = row.modseq if flags_of(file) == row.flags else box.modseq + 1
+                changed.append(row._replace(file=file, flags=flags_of(file), modseq=modseq))
         if calm and gone:
             self.forget(box.id, gone)
         fresh = sorted(found.values(), key=lambda file: (len(file.partition(b".")[0]), file[4:]))
-        for uid, file in enumerate(fresh, box.uidnext):
-            self.add(box, uid, file)
+        changed += [box.added(uid, file) for uid, file in enumerate(fresh, box.uidnext)]
+        self.put(box.id, changed)
 
-    def add(self, box: Mailbox, uid: int, file: bytes, keywords: str = "") -> None:
-        row = (box.id, uid, file, flags_of(file), keywords, box.modseq + 1, None)
-        self.db.execute("INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+    def put(self, number: int, rows: Iterable[MessageRow]) -> None:
+        query = "REPLACE INTO message VALUES (?, ?, ?, ?, ?, ?, ?)"  # no trigger sees a deletion
+        self.db.executemany(query, ((number, *row) for row in rows))
 
     def forget(self, number: int, uids: Sequence[int]) -> None:
         """Delete rows; a trigger remembers their UIDs for sessions that know them."""
@@ -3021,16 +3019,7 @@ class Index:
 
     def read(self, box: Mailbox, row: MessageRow) -> bytes:
         """The message as stored."""
-        for _ in range(3):
-            try:
-                with open(self.folder(box.name) + b"/" + row.file, "rb") as file:
-                    return file.read()
-            except FileNotFoundError:  # renamed by another program, or gone
-                box = self.refresh(box)[0]
-                if not (rows := self.rows(box.id, row.uid, row.uid)):
-                    break
-                row = rows[0]
-        raise Vanished
+        return bytes(on_file(self.folder(box.name), row.file, read_file))
 
     def date(self, box: Mailbox, row: MessageRow) -> float:
         """INTERNALDATE: the file's time, which renames, links and backups keep."""
@@ -3072,9 +3061,10 @@ class Index:
                     with contextlib.suppress(Vanished):  # of which the next look will tell
                         file = on_file(folder, file, lambda path: reflag(path, how, flags))
                 if (letters, words) != (row.flags, row.keywords):
-                    updates.append((file, flags_of(file), words, box.modseq + 1, number, row.uid))
-            query = "UPDATE message SET file = ?, flags = ?, keywords = ?, modseq = ?"
-            self.db.executemany(query + " WHERE box = ? AND uid = ?", updates)
+                    updates.append(MessageRow(
+                        row.uid, file, flags_of(file), words, box.modseq + 1, row.size
+                    ))
+            self.put(number, updates)
             if updates:
                 os.utime(folder + b"/cur")  # keywords rename nothing, and yet sleepers must stir
         return box.modseq + 1, refused
@@ -3083,7 +3073,7 @@ class Index:
         """Take in a delivery that is finished; return its UID."""
         with self.change(number) as box:
             names = " ".join(self.known_keywords(box, keywords))
-            self.add(box, box.uidnext, delivery.keep(flags), names)
+            self.put(number, [box.added(box.uidnext, delivery.keep(flags), names)])
         return box.uidnext
 
     def copy(
@@ -3104,7 +3094,7 @@ class Index:
                     path = there + b"/" + file
                     on_file(here, row.file, partial(os.link, dst=path))
                     undo.callback(os.unlink, path)
-                    self.add(target, uid, file, row.keywords)
+                    self.put(target.id, [target.added(uid, file, row.keywords)])
                 if len(rows) < len(uids):
                     raise Vanished
                 sync_directory(there + b"/cur")
@@ -3115,8 +3105,7 @@ class Index:
 
     def expunge(self, number: int, uids: Sequence[int], deleted_only: bool = False) -> None:
         with self.change(number) as box:
-            rows = self.picked(number, uids)
-            rows = [row for row in rows if "T" in row.flags or not deleted_only]
+            rows = [r for r in self.picked(number, uids) if "T" in r.flags or not deleted_only]
             for row in rows:
                 with contextlib.suppress(Vanished):
                     on_file(self.folder(box.name), row.file, os.unlink)
@@ -3137,14 +3126,15 @@ def combine(how: str, old: Sequence[str], change: Sequence[str]) -> list[str]:
 
 def reflag(path: bytes, how: str, flags: str) -> bytes:
     """Rename for new flags; letters that IMAP doesn't know stay (Dovecot's keywords, mutt's P)."""
-    folder, sub, name = path.rsplit(b"/", 2)
-    file = sub + b"/" + name
-    info = file.partition(b":2,")[2].decode("latin-1")
-    others = [letter for letter in info if letter not in "DFRST"]
-    letters = "".join(sorted({*combine(how, flags_of(file), flags), *others}))
-    renamed = b"cur/" + base_of(file) + b":2," + letters.encode("latin-1")
+    folder, _, name = path.rsplit(b"/", 2)
+    info = name.partition(b":2,")[2].decode("latin-1")
+    kept = [letter for letter in info if how or letter not in "DFRST"]
+    letters = "".join(sorted({*combine(how or "+", kept, flags)}))
+    renamed = b"cur/" + name.partition(b":")[0] + b":2," + letters.encode("latin-1")
     os.rename(path, folder + b"/" + renamed)
     return renamed
+
+
 # ------------------------------------------------------------------------------------------------
 # 9  Messages
 #
