@@ -2489,7 +2489,7 @@ def bind(address: str, port: int, reuse_port: bool) -> socket.socket:
 # \Recent goes by UID. Symbolic links are followed: nobody can make one by IMAP.
 # ------------------------------------------------------------------------------------------------
 
-INDEX_VERSION = 0x48420003  # as application_id; any other file in its place is put aside
+INDEX_VERSION = 0x48420004  # as application_id; any other file in its place is put aside
 INDEXES_OPEN = 8  # connections a worker keeps, at about 160 KB and three descriptors each
 INDEX_PATIENCE = 0.2  # seconds to wait for another process's transaction, then NO [INUSE]
 EXPUNGED_KEPT = 7 * 86400  # seconds; no session is that far behind
@@ -2504,8 +2504,8 @@ CREATE TABLE mailbox (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL U
     uidvalidity INTEGER NOT NULL, uidnext INTEGER DEFAULT 1, modseq INTEGER DEFAULT 1,
     recent INTEGER DEFAULT 1, keywords TEXT DEFAULT '', new INTEGER DEFAULT 0,
     cur INTEGER DEFAULT 0);
-CREATE TABLE message (box INTEGER, uid INTEGER, file BLOB, flags TEXT, keywords TEXT,
-    modseq INTEGER, size INTEGER, PRIMARY KEY (box, uid)) WITHOUT ROWID;
+CREATE TABLE message (uid INTEGER, file BLOB, flags TEXT, keywords TEXT, modseq INTEGER,
+    size INTEGER, box INTEGER, PRIMARY KEY (box, uid)) WITHOUT ROWID;
 CREATE INDEX changed ON message (box, modseq);
 CREATE TABLE expunged (box INTEGER, modseq INTEGER, uid INTEGER, time INTEGER,
     PRIMARY KEY (box, modseq, uid)) WITHOUT ROWID;
@@ -2517,7 +2517,7 @@ PRAGMA application_id = {INDEX_VERSION};
 COMMIT;
 """
 
-Times = tuple[int, int]  # st_mtime_ns of new/ and cur/
+Times = tuple[int, int]  # st_mtime_ns of new/ and cur/; negative if there is no such folder
 
 
 class MailError(Exception):
@@ -2550,7 +2550,7 @@ class Mailbox(NamedTuple):
     cur: int
 
     def added(self, uid: int, file: bytes, keywords: str = "") -> MessageRow:
-        return MessageRow(uid, file, flags_of(file), keywords, self.modseq + 1, None)
+        return MessageRow(uid, file, flags_of(file), keywords, self.modseq + 1, None, self.id)
 
 
 class MessageRow(NamedTuple):
@@ -2560,6 +2560,7 @@ class MessageRow(NamedTuple):
     keywords: str
     modseq: int
     size: int | None  # with CRLF line ends; None until somebody asks
+    box: int
 
 
 def unique_name() -> bytes:
@@ -2579,7 +2580,9 @@ def flags_of(file: bytes) -> str:
 
 
 def folder_times(folder: bytes) -> Times:
-    return os.stat(folder + b"/new").st_mtime_ns, os.stat(folder + b"/cur").st_mtime_ns
+    with contextlib.suppress(FileNotFoundError):
+        return os.stat(folder + b"/new").st_mtime_ns, os.stat(folder + b"/cur").st_mtime_ns
+    return -1, -1
 
 
 def settled(times: Times) -> bool:
@@ -2601,8 +2604,8 @@ def sweep(folder: bytes) -> None:
     ctime: an APPEND under way may have given its file a date of long ago."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder + b"/tmp"):
-            status = entry.stat(follow_symlinks=False)
-            if entry.is_file(follow_symlinks=False) and time.time() - status.st_ctime > 36 * 3600:
+            old = time.time() - entry.stat(follow_symlinks=False).st_ctime > 36 * 3600
+            if old and entry.is_file(follow_symlinks=False):
                 os.unlink(entry.path)
 
 
@@ -2724,8 +2727,8 @@ class Index:
     def __init__(self, home: str) -> None:
         make_home(home)
         self.home, self.path = os.fsencode(home), os.path.join(home, "hibernate.sqlite3")
-        with open(self.path.replace("sqlite3", "uids"), "a") as mark:
-            self.mark = mark.name
+        self.mark = self.path.replace("sqlite3", "uids")
+        with open(self.mark, "a") as mark:
             fcntl.flock(mark, fcntl.LOCK_EX)  # one process at a time makes or discards an index
             try:
                 self.connect()
@@ -2734,6 +2737,13 @@ class Index:
             except sqlite3.DatabaseError as error:
                 self.put_aside(error)
                 self.connect()
+        self.file = self.identity()
+
+    def identity(self) -> tuple[int, int]:
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(self.path)
+            return status.st_dev, status.st_ino
+        return 0, 0
 
     def put_aside(self, error: Exception) -> None:
         """Out of the way, but there for whoever wants to look. It costs new UIDVALIDITYs."""
@@ -2753,7 +2763,6 @@ class Index:
         if self.marked()[2] > self.number("PRAGMA user_version"):
             with self.transaction():  # not before another process's commit is over
                 self.recover()
-        self.file = self.identity()
 
     def number(self, query: str) -> int:
         return int(self.db.execute(query).fetchone()[0])
@@ -2769,8 +2778,7 @@ class Index:
 
     def recover(self) -> None:
         """The index has given out fewer UIDs than the mark says: those are never given again. A
-        commit may have failed; or this is a new index, or from a backup, and stands for nothing
-        that clients know."""
+        commit may have failed; or it is new or from a backup, not what clients know."""
         _, before, after = self.marked()
         missing = max(0, after - self.given)
         self.db.execute("UPDATE mailbox SET uidnext = uidnext + ?", (missing,))
@@ -2784,27 +2792,15 @@ class Index:
         last, *others = self.marked()
         return self.marked(max(int(time.time()), last + 1), *others)[0]
 
-    def identity(self) -> tuple[int, int]:
-        try:
-            status = os.stat(self.path)
-            return status.st_dev, status.st_ino
-        except FileNotFoundError:
-            return 0, 0
-
     @contextlib.contextmanager
     def transaction(self, kind: str = "IMMEDIATE", durable: bool = True) -> Iterator[None]:
         """`durable`: on disk when it is over. Whatever hands out UIDs needs that; lost flags or
         sizes are found again in the folder."""
         self.db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-        self.db.execute(f"BEGIN {kind}")
-        try:
+        with self.db:  # COMMIT at its end, or ROLLBACK
+            self.db.execute(f"BEGIN {kind}")
             self.given = self.number("PRAGMA user_version")  # UIDs, in all mailboxes
             yield
-            self.db.execute("COMMIT")
-        except BaseException:
-            if self.db.in_transaction:
-                self.db.execute("ROLLBACK")
-            raise
 
     # Mailboxes
 
@@ -2839,23 +2835,19 @@ class Index:
         query = "SELECT * FROM mailbox WHERE name = ?"
         if not (row := self.db.execute(query, (name,)).fetchone()):
             with self.transaction():
-                row = self.db.execute(query, (name,)).fetchone() or self.insert(name)
+                insert = "INSERT OR IGNORE INTO mailbox (name, uidvalidity) VALUES (?, ?)"
+                self.db.execute(insert, (name, self.new_uidvalidity()))
+                row = self.db.execute(query, (name,)).fetchone()
         return Mailbox(*row)
-
-    def insert(self, name: str) -> Mailbox:
-        self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))  # another program's victim
-        query = "INSERT INTO mailbox (name, uidvalidity) VALUES (?, ?)"
-        row = self.db.execute(query, (name, self.new_uidvalidity())).lastrowid
-        return self.by_id(row or 0)
 
     def create_folder(self, name: str) -> Mailbox:
         with self.transaction():
             if self.exists(name):
                 raise MailError("ALREADYEXISTS", "Mailbox already exists")
-            folder = self.folder(name)
-            make_home(os.fsdecode(folder))
-            open(folder + b"/maildirfolder", "ab").close()  # Maildir++: a folder, no home
-            return self.insert(name)
+            self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))  # others took its folder
+            make_home(os.fsdecode(self.folder(name)))
+            open(self.folder(name) + b"/maildirfolder", "ab").close()  # Maildir++: no home
+        return self.by_name(name)
 
     def delete_folder(self, name: str) -> None:
         if name == "INBOX":
@@ -2889,10 +2881,10 @@ class Index:
         """Dovecot's file, so that they outlive the index: one name in a line, in its newer form
         under a version line and with tabs between the levels."""
         try:
-            with open(self.home + b"/subscriptions", encoding="ascii", errors="ignore") as file:
-                lines = [line.replace("\t", ".") for line in file.read().split("\n")]
+            text = read_file(self.home + b"/subscriptions").decode("ascii", "ignore")
         except FileNotFoundError:
             return []
+        lines = text.replace("\t", ".").split("\n")
         return sorted({line for line in lines if line and not line.startswith("V.")})
 
     def subscribe(self, name: str, wanted: bool) -> None:
@@ -2900,16 +2892,13 @@ class Index:
         with self.transaction():  # for its lock
             names = sorted({*self.subscriptions(), name} - (set() if wanted else {name}))
             with open(path + b".tmp", "w", encoding="ascii", errors="ignore") as file:
-                file.write("".join(f"{each}\n" for each in names))
+                file.writelines(f"{each}\n" for each in names)
             os.replace(path + b".tmp", path)
 
     # Messages
 
     def rows(self, number: int, low: int = 0, high: int = 2**32) -> list[MessageRow]:
-        query = (
-            "SELECT uid, file, flags, keywords, modseq, size FROM message"
-            " WHERE box = ? AND uid BETWEEN ? AND ? ORDER BY uid"
-        )
+        query = "SELECT * FROM message WHERE box = ? AND uid BETWEEN ? AND ? ORDER BY uid"
         return [MessageRow(*row) for row in self.db.execute(query, (number, low, high))]
 
     def picked(self, number: int, uids: Sequence[int]) -> list[MessageRow]:
@@ -2926,10 +2915,7 @@ class Index:
         `claim`: new messages are \\Recent for the caller and for nobody later. Unless `thorough`,
         a folder that seems to be changed by nobody but ourselves isn't listed again.
         """
-        try:
-            times = folder_times(self.folder(box.name))
-        except FileNotFoundError:  # deleted, or renamed just now: the locked look will tell
-            times = -1, -1
+        times = folder_times(self.folder(box.name))
         if times == (box.new, box.cur) and not (claim and box.recent < box.uidnext):
             return box, times
         with self.transaction():
@@ -3004,11 +2990,11 @@ class Index:
             self.forget(box.id, gone)
         fresh = sorted(found.values(), key=lambda file: (len(file.partition(b".")[0]), file[4:]))
         changed += [box.added(uid, file) for uid, file in enumerate(fresh, box.uidnext)]
-        self.put(box.id, changed)
+        self.put(changed)
 
-    def put(self, number: int, rows: Iterable[MessageRow]) -> None:
-        query = "REPLACE INTO message VALUES (?, ?, ?, ?, ?, ?, ?)"  # no trigger sees a deletion
-        self.db.executemany(query, ((number, *row) for row in rows))
+    def put(self, rows: Iterable[MessageRow]) -> None:
+        """Add or change rows; for the trigger, REPLACE deletes nothing."""
+        self.db.executemany("REPLACE INTO message VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def forget(self, number: int, uids: Sequence[int]) -> None:
         """Delete rows; a trigger remembers their UIDs for sessions that know them."""
@@ -3061,10 +3047,9 @@ class Index:
                     with contextlib.suppress(Vanished):  # of which the next look will tell
                         file = on_file(folder, file, lambda path: reflag(path, how, flags))
                 if (letters, words) != (row.flags, row.keywords):
-                    updates.append(MessageRow(
-                        row.uid, file, flags_of(file), words, box.modseq + 1, row.size
-                    ))
-            self.put(number, updates)
+                    new = box.added(row.uid, file, words)
+                    updates.append(new._replace(size=row.size))
+            self.put(updates)
             if updates:
                 os.utime(folder + b"/cur")  # keywords rename nothing, and yet sleepers must stir
         return box.modseq + 1, refused
@@ -3073,7 +3058,7 @@ class Index:
         """Take in a delivery that is finished; return its UID."""
         with self.change(number) as box:
             names = " ".join(self.known_keywords(box, keywords))
-            self.put(number, [box.added(box.uidnext, delivery.keep(flags), names)])
+            self.put([box.added(box.uidnext, delivery.keep(flags), names)])
         return box.uidnext
 
     def copy(
@@ -3094,7 +3079,7 @@ class Index:
                     path = there + b"/" + file
                     on_file(here, row.file, partial(os.link, dst=path))
                     undo.callback(os.unlink, path)
-                    self.put(target.id, [target.added(uid, file, row.keywords)])
+                    self.put([target.added(uid, file, row.keywords)])
                 if len(rows) < len(uids):
                     raise Vanished
                 sync_directory(there + b"/cur")
