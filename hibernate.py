@@ -2489,7 +2489,7 @@ def bind(address: str, port: int, reuse_port: bool) -> socket.socket:
 # \Recent goes by UID. Symbolic links are followed: nobody can make one by IMAP.
 # ------------------------------------------------------------------------------------------------
 
-INDEX_VERSION = 0x48420004  # as application_id; any other file in its place is put aside
+INDEX_VERSION = 0x48420005  # as application_id; any other file in its place is put aside
 INDEXES_OPEN = 8  # connections a worker keeps, at about 160 KB and three descriptors each
 INDEX_PATIENCE = 0.2  # seconds to wait for another process's transaction, then NO [INUSE]
 EXPUNGED_KEPT = 7 * 86400  # seconds; no session is that far behind
@@ -2500,19 +2500,17 @@ UNSETTLED = (0, 0)  # in place of times: look again, the folder is changing righ
 
 SCHEMA = f"""
 BEGIN;
-CREATE TABLE mailbox (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
-    uidvalidity INTEGER NOT NULL, uidnext INTEGER DEFAULT 1, modseq INTEGER DEFAULT 1,
-    recent INTEGER DEFAULT 1, keywords TEXT DEFAULT '', new INTEGER DEFAULT 0,
-    cur INTEGER DEFAULT 0);
-CREATE TABLE message (uid INTEGER, file BLOB, flags TEXT, keywords TEXT, modseq INTEGER,
-    size INTEGER, box INTEGER, PRIMARY KEY (box, uid)) WITHOUT ROWID;
+CREATE TABLE mailbox (id INTEGER PRIMARY KEY AUTOINCREMENT, name UNIQUE, uidvalidity,
+    uidnext DEFAULT 1, modseq DEFAULT 1, recent DEFAULT 1, keywords DEFAULT '', new DEFAULT 0,
+    cur DEFAULT 0);
+CREATE TABLE message (uid, file, flags, keywords, modseq, size, box,
+    PRIMARY KEY (box, uid)) WITHOUT ROWID;
 CREATE INDEX changed ON message (box, modseq);
-CREATE TABLE expunged (box INTEGER, modseq INTEGER, uid INTEGER, time INTEGER,
-    PRIMARY KEY (box, modseq, uid)) WITHOUT ROWID;
+CREATE TABLE expunged (box, modseq, uid, time, PRIMARY KEY (box, modseq, uid)) WITHOUT ROWID;
 CREATE TRIGGER erased AFTER DELETE ON mailbox BEGIN
     DELETE FROM message WHERE box = old.id; DELETE FROM expunged WHERE box = old.id; END;
 CREATE TRIGGER gone AFTER DELETE ON message BEGIN INSERT INTO expunged
-    SELECT id, modseq + 1, old.uid, strftime('%s', 'now') FROM mailbox WHERE id = old.box; END;
+    SELECT id, modseq + 1, old.uid, strftime('%s') + 0 FROM mailbox WHERE id = old.box; END;
 PRAGMA application_id = {INDEX_VERSION};
 COMMIT;
 """
@@ -2561,6 +2559,10 @@ class MessageRow(NamedTuple):
     modseq: int
     size: int | None  # with CRLF line ends; None until somebody asks
     box: int
+
+
+Look = tuple[Mailbox, Times]
+Pairs = list[tuple[int, int]]  # UIDs: there, here
 
 
 def unique_name() -> bytes:
@@ -2693,8 +2695,7 @@ def check_name(name: str) -> str:
     for it (RFC 3501 5.1.3); else NO [CANNOT]. Nothing else may become part of a path."""
     if name.upper() == "INBOX":
         return "INBOX"
-    fine = name.isascii() and name.isprintable() and "/" not in name
-    fine = fine and all(name.split(".")) and len(name) <= NAME_LIMIT
+    fine = bool(re.fullmatch("[ -.0-~]{,%d}" % NAME_LIMIT, name)) and all(name.split("."))
     for run in re.findall("&([^-]*-?)", name):
         try:
             text = base64.b64decode(run[:-1].replace(",", "/") + "==").decode("utf-16-be")
@@ -2837,7 +2838,7 @@ class Index:
             with self.transaction():
                 insert = "INSERT OR IGNORE INTO mailbox (name, uidvalidity) VALUES (?, ?)"
                 self.db.execute(insert, (name, self.new_uidvalidity()))
-                row = self.db.execute(query, (name,)).fetchone()
+            return self.by_name(name)
         return Mailbox(*row)
 
     def create_folder(self, name: str) -> Mailbox:
@@ -2907,9 +2908,7 @@ class Index:
         rows = self.rows(number, uids[0], uids[-1]) if wanted else []
         return [row for row in rows if row.uid in wanted]
 
-    def refresh(
-        self, box: Mailbox, claim: bool = False, thorough: bool = True
-    ) -> tuple[Mailbox, Times]:
+    def refresh(self, box: Mailbox, claim: bool = False, thorough: bool = True) -> Look:
         """The row in agreement with its folder, and the folder's times as of then, or UNSETTLED.
 
         `claim`: new messages are \\Recent for the caller and for nobody later. Unless `thorough`,
@@ -2924,23 +2923,23 @@ class Index:
                 self.db.execute("UPDATE mailbox SET recent = uidnext WHERE id = ?", (box.id,))
         return box, times
 
-    def catch_up(self, number: int, thorough: bool = False) -> tuple[Mailbox, Times]:
+    def catch_up(self, number: int, thorough: bool = False) -> Look:
         """Compare folder and index, which is locked. The times are taken before the listing."""
         box = self.by_id(number)
         folder = self.folder(box.name)
+        times = folder_times(folder)
+        if times == (box.new, box.cur):
+            return box, times
+        if not thorough and times == (-box.new, -box.cur):
+            return box, UNSETTLED
+        calm = settled(times)
         try:
-            times = folder_times(folder)
-            if times == (box.new, box.cur):
-                return box, times
-            if not thorough and times == (-box.new, -box.cur):
-                return box, UNSETTLED
-            calm = settled(times)
             found = listing(folder)
-            sweep(folder)
-            if not calm or folder_times(folder) != times:
-                times = UNSETTLED
         except FileNotFoundError:
             raise MailError("NONEXISTENT", "Mailbox was deleted") from None
+        sweep(folder)
+        if not calm or folder_times(folder) != times:
+            times = UNSETTLED
         self.compare(box, found, times != UNSETTLED)
         return self.note(box, times), times
 
@@ -2973,11 +2972,9 @@ class Index:
                 self.note(box, (-new, -cur))
 
     def compare(self, box: Mailbox, found: dict[bytes, bytes], calm: bool) -> None:
-        """Bring the rows in line with `found`.
-
-        readdir(3) may miss a file that is renamed meanwhile. So a message is only gone if it is
-        missing in a folder whose time was old before the listing, and the same after it.
-        """
+        """Bring the rows in line with `found`. readdir(3) may miss a file that is renamed
+        meanwhile, so a message is only gone if it is missing in a folder whose time was old
+        before the listing, and the same after it."""
         gone, changed = [], []
         for row in self.rows(box.id):
             file = found.pop(base_of(row.file), None)
@@ -3041,14 +3038,14 @@ class Index:
                 if row.modseq > unchanged_since:
                     refused.append(row.uid)
                     continue
-                file, letters = row.file, "".join(sorted(combine(how, row.flags, flags)))
+                file, letters = row.file, sorted(combine(how, row.flags, flags))
                 words = " ".join(combine(how, row.keywords.split(), names))
-                if letters != row.flags:
+                if letters != sorted(row.flags):
                     with contextlib.suppress(Vanished):  # of which the next look will tell
                         file = on_file(folder, file, lambda path: reflag(path, how, flags))
-                if (letters, words) != (row.flags, row.keywords):
-                    new = box.added(row.uid, file, words)
-                    updates.append(new._replace(size=row.size))
+                elif words == row.keywords:
+                    continue
+                updates.append(box.added(row.uid, file, words)._replace(size=row.size))
             self.put(updates)
             if updates:
                 os.utime(folder + b"/cur")  # keywords rename nothing, and yet sleepers must stir
@@ -3061,9 +3058,7 @@ class Index:
             self.put([box.added(box.uidnext, delivery.keep(flags), names)])
         return box.uidnext
 
-    def copy(
-        self, source: Mailbox, uids: Sequence[int], target: Mailbox, move: bool
-    ) -> list[tuple[int, int]]:
+    def copy(self, source: Mailbox, uids: Sequence[int], target: Mailbox, move: bool) -> Pairs:
         """All or nothing: the UIDs here and there. Moving expunges when the copies are safe:
         killed in between, it leaves both, never none."""
         with contextlib.ExitStack() as undo:
@@ -3071,7 +3066,8 @@ class Index:
                 source = self.catch_up(source.id)[0]
                 target = self.by_id(target.id)  # as it is now, if it is the source too
                 here, there = self.folder(source.name), self.folder(target.name)
-                rows = self.picked(source.id, uids)
+                if len(rows := self.picked(source.id, uids)) < len(uids):
+                    raise Vanished
                 words = {word for row in rows for word in row.keywords.split()}
                 self.known_keywords(target, sorted(words))
                 for uid, row in enumerate(rows, target.uidnext):
@@ -3080,8 +3076,6 @@ class Index:
                     on_file(here, row.file, partial(os.link, dst=path))
                     undo.callback(os.unlink, path)
                     self.put([target.added(uid, file, row.keywords)])
-                if len(rows) < len(uids):
-                    raise Vanished
                 sync_directory(there + b"/cur")
             undo.pop_all()
         if move:
