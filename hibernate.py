@@ -2516,6 +2516,8 @@ COMMIT;
 """
 
 Times = tuple[int, int]  # st_mtime_ns of new/ and cur/; negative if there is no such folder
+Look = tuple["Mailbox", Times]
+Pairs = list[tuple[int, int]]  # UIDs: in the source, in the target
 
 
 class MailError(Exception):
@@ -2559,10 +2561,6 @@ class MessageRow(NamedTuple):
     modseq: int
     size: int | None  # with CRLF line ends; None until somebody asks
     box: int
-
-
-Look = tuple[Mailbox, Times]
-Pairs = list[tuple[int, int]]  # UIDs: there, here
 
 
 def unique_name() -> bytes:
@@ -2885,8 +2883,7 @@ class Index:
             text = read_file(self.home + b"/subscriptions").decode("ascii", "ignore")
         except FileNotFoundError:
             return []
-        lines = text.replace("\t", ".").split("\n")
-        return sorted({line for line in lines if line and not line.startswith("V.")})
+        return sorted(set(re.findall("(?m)^(?!V\\.).+$", text.replace("\t", "."))))
 
     def subscribe(self, name: str, wanted: bool) -> None:
         path = self.home + b"/subscriptions"
@@ -2914,25 +2911,27 @@ class Index:
         `claim`: new messages are \\Recent for the caller and for nobody later. Unless `thorough`,
         a folder that seems to be changed by nobody but ourselves isn't listed again.
         """
-        times = folder_times(self.folder(box.name))
-        if times == (box.new, box.cur) and not (claim and box.recent < box.uidnext):
-            return box, times
-        with self.transaction():
-            box, times = self.catch_up(box.id, thorough)
-            if claim and box.recent < box.uidnext:
-                self.db.execute("UPDATE mailbox SET recent = uidnext WHERE id = ?", (box.id,))
-        return box, times
-
-    def catch_up(self, number: int, thorough: bool = False) -> Look:
-        """Compare folder and index, which is locked. The times are taken before the listing."""
-        box = self.by_id(number)
         folder = self.folder(box.name)
         times = folder_times(folder)
-        if times == (box.new, box.cur):
+        known = times == (box.new, box.cur)
+        if known and not (claim and box.recent < box.uidnext):
             return box, times
+        if not self.db.in_transaction:
+            with self.transaction():
+                return self.refresh(self.by_id(box.id), claim, thorough)
         if not thorough and times == (-box.new, -box.cur):
-            return box, UNSETTLED
-        calm = settled(times)
+            times = UNSETTLED
+        elif not known:
+            box, times = self.compare(box, folder, times)
+        if claim and box.recent < box.uidnext:
+            self.db.execute("UPDATE mailbox SET recent = uidnext WHERE id = ?", (box.id,))
+        return box, times
+
+    def compare(self, box: Mailbox, folder: bytes, times: Times) -> Look:
+        """Bring the rows in line with the folder. readdir(3) may miss a file that is renamed
+        meanwhile, so a message is only gone if it is missing in a folder whose times were old
+        before the listing, and the same after it."""
+        calm, gone, changed = settled(times), [], []
         try:
             found = listing(folder)
         except FileNotFoundError:
@@ -2940,7 +2939,18 @@ class Index:
         sweep(folder)
         if not calm or folder_times(folder) != times:
             times = UNSETTLED
-        self.compare(box, found, times != UNSETTLED)
+        for row in self.rows(box.id):
+            file = found.pop(base_of(row.file), None)
+            if file is None:
+                gone.append(row.uid)
+            elif file != row.file:
+                modseq = row.modseq if flags_of(file) == row.flags else box.modseq + 1
+                changed.append(row._replace(file=file, flags=flags_of(file), modseq=modseq))
+        if gone and times != UNSETTLED:
+            self.forget(box.id, gone)
+        fresh = sorted(found.values(), key=lambda file: (len(file.partition(b".")[0]), file[4:]))
+        changed += [box.added(uid, file) for uid, file in enumerate(fresh, box.uidnext)]
+        self.put(changed)
         return self.note(box, times), times
 
     def note(self, before: Mailbox, times: Times) -> Mailbox:
@@ -2964,30 +2974,12 @@ class Index:
         """A change of our own, under the lock, to a mailbox that agrees with its folder. The
         times are then negative: ours say nothing of others' changes."""
         with self.transaction(durable=durable):
-            box = self.catch_up(number)[0]
+            box = self.refresh(self.by_id(number), thorough=False)[0]
             before = self.db.total_changes
             yield box
             if self.db.total_changes != before:
                 new, cur = folder_times(self.folder(box.name))
                 self.note(box, (-new, -cur))
-
-    def compare(self, box: Mailbox, found: dict[bytes, bytes], calm: bool) -> None:
-        """Bring the rows in line with `found`. readdir(3) may miss a file that is renamed
-        meanwhile, so a message is only gone if it is missing in a folder whose time was old
-        before the listing, and the same after it."""
-        gone, changed = [], []
-        for row in self.rows(box.id):
-            file = found.pop(base_of(row.file), None)
-            if file is None:
-                gone.append(row.uid)
-            elif file != row.file:
-                modseq = row.modseq if flags_of(file) == row.flags else box.modseq + 1
-                changed.append(row._replace(file=file, flags=flags_of(file), modseq=modseq))
-        if calm and gone:
-            self.forget(box.id, gone)
-        fresh = sorted(found.values(), key=lambda file: (len(file.partition(b".")[0]), file[4:]))
-        changed += [box.added(uid, file) for uid, file in enumerate(fresh, box.uidnext)]
-        self.put(changed)
 
     def put(self, rows: Iterable[MessageRow]) -> None:
         """Add or change rows; for the trigger, REPLACE deletes nothing."""
@@ -3063,7 +3055,7 @@ class Index:
         killed in between, it leaves both, never none."""
         with contextlib.ExitStack() as undo:
             with self.change(target.id):
-                source = self.catch_up(source.id)[0]
+                source = self.refresh(self.by_id(source.id), thorough=False)[0]
                 target = self.by_id(target.id)  # as it is now, if it is the source too
                 here, there = self.folder(source.name), self.folder(target.name)
                 if len(rows := self.picked(source.id, uids)) < len(uids):
