@@ -2714,11 +2714,11 @@ class Index:
 
     @classmethod
     def at(cls, home: str) -> Index:
-        index = cls.opened.pop(home, None)
-        if index and index.identity() != index.file:  # deleted or put aside meanwhile
+        index = cls.opened.pop(home, None) or cls(home)
+        if index.identity() != index.file:  # deleted or put aside meanwhile
             index.db.close()
-            index = None
-        cls.opened[home] = index = index or cls(home)
+            index = cls(home)
+        cls.opened[home] = index
         if len(cls.opened) > INDEXES_OPEN:
             cls.opened.pop(next(iter(cls.opened))).db.close()
         return index
