@@ -2575,8 +2575,8 @@ def base_of(file: bytes) -> bytes:
 
 
 def flags_of(file: bytes) -> str:
-    info = file.partition(b":2,")[2]
-    return "".join(letter for letter in "DFRST" if letter.encode() in info)
+    """The letters that IMAP knows."""
+    return "".join(x for x in "DFRST" if x.encode() in file.partition(b":2,")[2])
 
 
 def folder_times(folder: bytes) -> Times:
@@ -3024,6 +3024,7 @@ class Index:
         """STORE with how "+", "-" or "" (replace): the MODSEQ of the change, and the UIDs left
         alone because they have changed since."""
         updates, refused = [], []
+        self.refresh(self.by_id(number), thorough=False)  # new messages get their UIDs durably
         with self.change(number, durable=False) as box:
             folder, names = self.folder(box.name), self.known_keywords(box, keywords)
             for row in self.picked(number, uids):
