@@ -2552,7 +2552,7 @@ def bind(address: str, port: int, reuse_port: bool, patience: float) -> socket.s
 # \Recent goes by UID. Symbolic links are followed: nobody can make one by IMAP.
 # ------------------------------------------------------------------------------------------------
 
-INDEX_VERSION = 0x48420002  # as user_version; any other file in its place is put aside
+INDEX_VERSION = 0x48420005  # as application_id; any other file in its place is put aside
 INDEXES_OPEN = 8  # connections a worker keeps, at about 160 KB and three descriptors each
 INDEX_PATIENCE = 0.2  # seconds to wait for another process's transaction, then NO [INUSE]
 EXPUNGED_KEPT = 7 * 86400  # seconds; no session is that far behind
@@ -2563,24 +2563,24 @@ UNSETTLED = (0, 0)  # in place of times: look again, the folder is changing righ
 
 SCHEMA = f"""
 BEGIN;
-CREATE TABLE mailbox (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
-    uidvalidity INTEGER NOT NULL, uidnext INTEGER DEFAULT 1, modseq INTEGER DEFAULT 1,
-    recent INTEGER DEFAULT 1, keywords TEXT DEFAULT '', new INTEGER DEFAULT 0,
-    cur INTEGER DEFAULT 0);
-CREATE TABLE message (box INTEGER, uid INTEGER, file BLOB, flags TEXT, keywords TEXT,
-    modseq INTEGER, size INTEGER, PRIMARY KEY (box, uid)) WITHOUT ROWID;
+CREATE TABLE mailbox (id INTEGER PRIMARY KEY AUTOINCREMENT, name UNIQUE, uidvalidity,
+    uidnext DEFAULT 1, modseq DEFAULT 1, recent DEFAULT 1, keywords DEFAULT '', new DEFAULT 0,
+    cur DEFAULT 0);
+CREATE TABLE message (uid, file, flags, keywords, modseq, size, box,
+    PRIMARY KEY (box, uid)) WITHOUT ROWID;
 CREATE INDEX changed ON message (box, modseq);
-CREATE TABLE expunged (box INTEGER, modseq INTEGER, uid INTEGER, time INTEGER,
-    PRIMARY KEY (box, modseq, uid)) WITHOUT ROWID;
+CREATE TABLE expunged (box, modseq, uid, time, PRIMARY KEY (box, modseq, uid)) WITHOUT ROWID;
 CREATE TRIGGER erased AFTER DELETE ON mailbox BEGIN
     DELETE FROM message WHERE box = old.id; DELETE FROM expunged WHERE box = old.id; END;
 CREATE TRIGGER gone AFTER DELETE ON message BEGIN INSERT INTO expunged
-    SELECT id, modseq + 1, old.uid, strftime('%s', 'now') FROM mailbox WHERE id = old.box; END;
-PRAGMA user_version = {INDEX_VERSION};
+    SELECT id, modseq + 1, old.uid, strftime('%s') + 0 FROM mailbox WHERE id = old.box; END;
+PRAGMA application_id = {INDEX_VERSION};
 COMMIT;
 """
 
-Times = tuple[int, int]  # st_mtime_ns of new/ and cur/
+Times = tuple[int, int]  # st_mtime_ns of new/ and cur/; negative if there is no such folder
+Look = tuple["Mailbox", Times]
+Pairs = list[tuple[int, int]]  # UIDs: in the source, in the target
 
 
 class MailError(Exception):
@@ -2612,6 +2612,9 @@ class Mailbox(NamedTuple):
     new: int
     cur: int
 
+    def added(self, uid: int, file: bytes, keywords: str = "") -> MessageRow:
+        return MessageRow(uid, file, flags_of(file), keywords, self.modseq + 1, None, self.id)
+
 
 class MessageRow(NamedTuple):
     uid: int
@@ -2620,6 +2623,7 @@ class MessageRow(NamedTuple):
     keywords: str
     modseq: int
     size: int | None  # with CRLF line ends; None until somebody asks
+    box: int
 
 
 def unique_name() -> bytes:
@@ -2634,12 +2638,14 @@ def base_of(file: bytes) -> bytes:
 
 
 def flags_of(file: bytes) -> str:
-    info = file.partition(b":2,")[2]
-    return "".join(letter for letter in "DFRST" if letter.encode() in info)
+    """The letters that IMAP knows."""
+    return "".join(x for x in "DFRST" if x.encode() in file.partition(b":2,")[2])
 
 
 def folder_times(folder: bytes) -> Times:
-    return os.stat(folder + b"/new").st_mtime_ns, os.stat(folder + b"/cur").st_mtime_ns
+    with contextlib.suppress(FileNotFoundError):
+        return os.stat(folder + b"/new").st_mtime_ns, os.stat(folder + b"/cur").st_mtime_ns
+    return -1, -1
 
 
 def settled(times: Times) -> bool:
@@ -2661,19 +2667,24 @@ def sweep(folder: bytes) -> None:
     ctime: an APPEND under way may have given its file a date of long ago."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder + b"/tmp"):
-            status = entry.stat(follow_symlinks=False)
-            if entry.is_file(follow_symlinks=False) and time.time() - status.st_ctime > 36 * 3600:
+            old = time.time() - entry.stat(follow_symlinks=False).st_ctime > 36 * 3600
+            if old and entry.is_file(follow_symlinks=False):
                 os.unlink(entry.path)
 
 
 def on_file(folder: bytes, file: bytes, action: Callable[[bytes], Any]) -> Any:
     """action(path of the file), wherever another program has just renamed it to."""
-    for _ in range(3):
-        with contextlib.suppress(FileNotFoundError):
-            return action(folder + b"/" + file)
-        if not (file := listing(folder).get(base_of(file), b"")):
-            break
+    with contextlib.suppress(FileNotFoundError, KeyError):
+        for _ in range(3):
+            with contextlib.suppress(FileNotFoundError):
+                return action(folder + b"/" + file)
+            file = listing(folder)[base_of(file)]
     raise Vanished
+
+
+def read_file(path: bytes) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def sync_directory(path: bytes) -> None:
@@ -2733,13 +2744,11 @@ def deliver(home: str, source: BinaryIO) -> None:
     make_home(home)
     delivery = Delivery(os.fsencode(home))
     try:
-        while data := source.read(65536):
-            delivery.write(data)
+        shutil.copyfileobj(source, delivery)
         delivery.finish()
         delivery.keep()
-    except BaseException:
+    finally:
         delivery.drop()
-        raise
 
 
 def check_name(name: str) -> str:
@@ -2747,8 +2756,7 @@ def check_name(name: str) -> str:
     for it (RFC 3501 5.1.3); else NO [CANNOT]. Nothing else may become part of a path."""
     if name.upper() == "INBOX":
         return "INBOX"
-    fine = name.isascii() and name.isprintable() and "/" not in name
-    fine = fine and all(name.split(".")) and len(name) <= NAME_LIMIT
+    fine = bool(re.fullmatch("[ -.0-~]{,%d}" % NAME_LIMIT, name)) and all(name.split("."))
     for run in re.findall("&([^-]*-?)", name):
         try:
             text = base64.b64decode(run[:-1].replace(",", "/") + "==").decode("utf-16-be")
@@ -2769,30 +2777,35 @@ class Index:
 
     @classmethod
     def at(cls, home: str) -> Index:
-        index = cls.opened.pop(home, None)
-        if index and index.identity() != index.file:  # deleted or put aside meanwhile
+        index = cls.opened.pop(home, None) or cls(home)
+        if index.identity() != index.file:  # deleted or put aside meanwhile
             index.db.close()
-            index = None
-        cls.opened[home] = index = index or cls(home)
+            index = cls(home)
+        cls.opened[home] = index
         if len(cls.opened) > INDEXES_OPEN:
             cls.opened.pop(next(iter(cls.opened))).db.close()
         return index
 
     def __init__(self, home: str) -> None:
-        self.home = os.fsencode(home)
-        self.path = os.path.join(home, "hibernate.sqlite3")
         make_home(home)
-        fd = os.open(home, os.O_RDONLY)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)  # one process at a time makes an index, or discards one
-            self.connect()
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError as error:
-            self.put_aside(error)
-            self.connect()
-        finally:
-            os.close(fd)
+        self.home, self.path = os.fsencode(home), os.path.join(home, "hibernate.sqlite3")
+        self.mark = self.path.replace("sqlite3", "uids")
+        with open(self.mark, "a") as mark:
+            fcntl.flock(mark, fcntl.LOCK_EX)  # one process at a time makes or discards an index
+            try:
+                self.connect()
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError as error:
+                self.put_aside(error)
+                self.connect()
+        self.file = self.identity()
+
+    def identity(self) -> tuple[int, int]:
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(self.path)
+            return status.st_dev, status.st_ino
+        return 0, 0
 
     def put_aside(self, error: Exception) -> None:
         """Out of the way, but there for whoever wants to look. It costs new UIDVALIDITYs."""
@@ -2803,34 +2816,53 @@ class Index:
     def connect(self) -> None:
         self.db = sqlite3.connect(self.path, INDEX_PATIENCE, isolation_level=None)
         self.db.execute("PRAGMA cache_size = -64")
-        version, = self.db.execute("PRAGMA user_version").fetchone()
-        if not version and not self.db.execute("SELECT * FROM sqlite_master").fetchone():
+        version = self.number("PRAGMA application_id")
+        if not version and not self.number("SELECT count(*) FROM sqlite_master"):
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.executescript(SCHEMA)
         elif version != INDEX_VERSION:
             raise sqlite3.DatabaseError("not our index, or of another version")
-        self.file = self.identity()
+        if self.marked()[2] > self.number("PRAGMA user_version"):
+            with self.transaction():  # not before another process's commit is over
+                self.recover()
 
-    def identity(self) -> tuple[int, int]:
-        try:
-            status = os.stat(self.path)
-            return status.st_dev, status.st_ino
-        except FileNotFoundError:
-            return 0, 0
+    def number(self, query: str) -> int:
+        return int(self.db.execute(query).fetchone()[0])
+
+    def marked(self, *values: int) -> list[int]:
+        """What must outlive the index, beside it: the last UIDVALIDITY, and how many UIDs were
+        given out before and after the last transaction that did (the index has its own count as
+        user_version). Written before that commits, and never synced: a copy tells, no crash."""
+        with open(self.mark, "r+b", 0) as file:
+            if values:
+                file.write(b"%11d%11d%11d\n" % values)
+            return [*values] or [int(word) for word in file.read().split()] or [0, 0, 0]
+
+    def recover(self) -> None:
+        """The index has given out fewer UIDs than the mark says: those are never given again. A
+        commit may have failed; or it is new or from a backup, not what clients know."""
+        _, before, after = self.marked()
+        missing = max(0, after - self.given)
+        self.db.execute("UPDATE mailbox SET uidnext = uidnext + ?", (missing,))
+        self.db.execute(f"PRAGMA user_version = {self.given + missing}")
+        if self.given < before:
+            log.warning("%s: new, or from a backup: new UIDVALIDITYs", self.path)
+            self.db.execute("UPDATE mailbox SET uidvalidity = ?", (self.new_uidvalidity(),))
+
+    def new_uidvalidity(self) -> int:
+        """Greater than any before, of this index or of a deleted one."""
+        last, *others = self.marked()
+        return self.marked(max(int(time.time()), last + 1), *others)[0]
 
     @contextlib.contextmanager
     def transaction(self, kind: str = "IMMEDIATE", durable: bool = True) -> Iterator[None]:
         """`durable`: on disk when it is over. Whatever hands out UIDs needs that; lost flags or
         sizes are found again in the folder."""
         self.db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-        self.db.execute(f"BEGIN {kind}")
-        try:
+        with self.db:  # COMMIT at its end, or ROLLBACK
+            self.db.execute(f"BEGIN {kind}")
+            self.given = self.number("PRAGMA user_version")  # UIDs, in all mailboxes
             yield
-            self.db.execute("COMMIT")
-        except BaseException:
-            if self.db.in_transaction:
-                self.db.execute("ROLLBACK")
-            raise
 
     # Mailboxes
 
@@ -2865,29 +2897,19 @@ class Index:
         query = "SELECT * FROM mailbox WHERE name = ?"
         if not (row := self.db.execute(query, (name,)).fetchone()):
             with self.transaction():
-                row = self.db.execute(query, (name,)).fetchone() or self.insert(name)
+                insert = "INSERT OR IGNORE INTO mailbox (name, uidvalidity) VALUES (?, ?)"
+                self.db.execute(insert, (name, self.new_uidvalidity()))
+            return self.by_name(name)
         return Mailbox(*row)
-
-    def insert(self, name: str) -> Mailbox:
-        """A new row. Its UIDVALIDITY is greater than any before, of this index or of a deleted
-        one: the clock, or the last one and one more; a file's time remembers that."""
-        self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))  # another program's victim
-        mark = self.path.replace(".sqlite3", ".uidvalidity")
-        with open(mark, "ab") as file:
-            last = int(os.fstat(file.fileno()).st_mtime)
-        value = max(int(time.time()), last + 1)
-        os.utime(mark, (value, value))
-        query = "INSERT INTO mailbox (name, uidvalidity) VALUES (?, ?)"
-        return self.by_id(self.db.execute(query, (name, value)).lastrowid or 0)
 
     def create_folder(self, name: str) -> Mailbox:
         with self.transaction():
             if self.exists(name):
                 raise MailError("ALREADYEXISTS", "Mailbox already exists")
-            folder = self.folder(name)
-            make_home(os.fsdecode(folder))
-            open(folder + b"/maildirfolder", "ab").close()  # Maildir++: a folder, no home
-            return self.insert(name)
+            self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))  # others took its folder
+            make_home(os.fsdecode(self.folder(name)))
+            open(self.folder(name) + b"/maildirfolder", "ab").close()  # Maildir++: no home
+        return self.by_name(name)
 
     def delete_folder(self, name: str) -> None:
         if name == "INBOX":
@@ -2921,27 +2943,23 @@ class Index:
         """Dovecot's file, so that they outlive the index: one name in a line, in its newer form
         under a version line and with tabs between the levels."""
         try:
-            with open(self.home + b"/subscriptions", encoding="ascii", errors="ignore") as file:
-                lines = [line.replace("\t", ".") for line in file.read().split("\n")]
+            text = read_file(self.home + b"/subscriptions").decode("ascii", "ignore")
         except FileNotFoundError:
             return []
-        return sorted({line for line in lines if line and not line.startswith("V.")})
+        return sorted(set(re.findall("(?m)^(?!V\\.).+$", text.replace("\t", "."))))
 
     def subscribe(self, name: str, wanted: bool) -> None:
         path = self.home + b"/subscriptions"
         with self.transaction():  # for its lock
             names = sorted({*self.subscriptions(), name} - (set() if wanted else {name}))
             with open(path + b".tmp", "w", encoding="ascii", errors="ignore") as file:
-                file.write("".join(f"{each}\n" for each in names))
+                file.writelines(f"{each}\n" for each in names)
             os.replace(path + b".tmp", path)
 
     # Messages
 
     def rows(self, number: int, low: int = 0, high: int = 2**32) -> list[MessageRow]:
-        query = (
-            "SELECT uid, file, flags, keywords, modseq, size FROM message"
-            " WHERE box = ? AND uid BETWEEN ? AND ? ORDER BY uid"
-        )
+        query = "SELECT * FROM message WHERE box = ? AND uid BETWEEN ? AND ? ORDER BY uid"
         return [MessageRow(*row) for row in self.db.execute(query, (number, low, high))]
 
     def picked(self, number: int, uids: Sequence[int]) -> list[MessageRow]:
@@ -2950,97 +2968,85 @@ class Index:
         rows = self.rows(number, uids[0], uids[-1]) if wanted else []
         return [row for row in rows if row.uid in wanted]
 
-    def refresh(
-        self, box: Mailbox, claim: bool = False, thorough: bool = True
-    ) -> tuple[Mailbox, Times]:
+    def refresh(self, box: Mailbox, claim: bool = False, thorough: bool = True) -> Look:
         """The row in agreement with its folder, and the folder's times as of then, or UNSETTLED.
 
         `claim`: new messages are \\Recent for the caller and for nobody later. Unless `thorough`,
         a folder that seems to be changed by nobody but ourselves isn't listed again.
         """
-        try:
-            times = folder_times(self.folder(box.name))
-        except FileNotFoundError:  # deleted, or renamed just now: the locked look will tell
-            times = -1, -1
-        if times == (box.new, box.cur) and not (claim and box.recent < box.uidnext):
+        folder = self.folder(box.name)
+        times = folder_times(folder)
+        known = times == (box.new, box.cur)
+        if known and not (claim and box.recent < box.uidnext):
             return box, times
-        with self.transaction():
-            box, times = self.catch_up(box.id, thorough)
-            if claim and box.recent < box.uidnext:
-                self.db.execute("UPDATE mailbox SET recent = uidnext WHERE id = ?", (box.id,))
+        if not self.db.in_transaction:
+            with self.transaction():
+                return self.refresh(self.by_id(box.id), claim, thorough)
+        if not thorough and times == (-box.new, -box.cur):
+            times = UNSETTLED
+        elif not known:
+            box, times = self.compare(box, folder, times)
+        if claim and box.recent < box.uidnext:
+            self.db.execute("UPDATE mailbox SET recent = uidnext WHERE id = ?", (box.id,))
         return box, times
 
-    def catch_up(self, number: int, thorough: bool = False) -> tuple[Mailbox, Times]:
-        """Compare folder and index, which is locked. The times are taken before the listing."""
-        box = self.by_id(number)
-        folder = self.folder(box.name)
+    def compare(self, box: Mailbox, folder: bytes, times: Times) -> Look:
+        """Bring the rows in line with the folder. readdir(3) may miss a file that is renamed
+        meanwhile, so a message is only gone if it is missing in a folder whose times were old
+        before the listing, and the same after it."""
+        calm, gone, changed = settled(times), [], []
         try:
-            times = folder_times(folder)
-            if times == (box.new, box.cur):
-                return box, times
-            if not thorough and times == (-box.new, -box.cur):
-                return box, UNSETTLED
-            calm = settled(times)
             found = listing(folder)
-            sweep(folder)
-            if not calm or folder_times(folder) != times:
-                times = UNSETTLED
         except FileNotFoundError:
             raise MailError("NONEXISTENT", "Mailbox was deleted") from None
-        self.compare(box, found, times != UNSETTLED)
-        return self.note(number, times), times
+        sweep(folder)
+        if not calm or folder_times(folder) != times:
+            times = UNSETTLED
+        for row in self.rows(box.id):
+            file = found.pop(base_of(row.file), None)
+            if file is None:
+                gone.append(row.uid)
+            elif file != row.file:
+                modseq = row.modseq if flags_of(file) == row.flags else box.modseq + 1
+                changed.append(row._replace(file=file, flags=flags_of(file), modseq=modseq))
+        if gone and times != UNSETTLED:
+            self.forget(box.id, gone)
+        fresh = sorted(found.values(), key=lambda file: (len(file.partition(b".")[0]), file[4:]))
+        changed += [box.added(uid, file) for uid, file in enumerate(fresh, box.uidnext)]
+        self.put(changed)
+        return self.note(box, times), times
 
-    def note(self, number: int, times: Times) -> Mailbox:
+    def note(self, before: Mailbox, times: Times) -> Mailbox:
         """The end of a change: count on from what it has left in the tables."""
         self.db.execute(
             "UPDATE mailbox SET new = ?, cur = ?,"
             " uidnext = max(uidnext, (SELECT ifnull(max(uid), 0) + 1 FROM message WHERE box = id)),"
             " modseq = max(modseq, (SELECT ifnull(max(modseq), 0) FROM message WHERE box = id),"
             " (SELECT ifnull(max(modseq), 0) FROM expunged WHERE box = id)) WHERE id = ?",
-            (*times, number),
+            (*times, before.id),
         )
-        return self.by_id(number)
+        box = self.by_id(before.id)
+        if more := box.uidnext - before.uidnext:
+            given = self.number("PRAGMA user_version") + more
+            self.db.execute(f"PRAGMA user_version = {given}")
+            self.marked(self.marked()[0], self.given, given)
+        return box
 
     @contextlib.contextmanager
     def change(self, number: int, durable: bool = True) -> Iterator[Mailbox]:
         """A change of our own, under the lock, to a mailbox that agrees with its folder. The
         times are then negative: ours say nothing of others' changes."""
         with self.transaction(durable=durable):
-            box = self.catch_up(number)[0]
+            box = self.refresh(self.by_id(number), thorough=False)[0]
             before = self.db.total_changes
             yield box
             if self.db.total_changes != before:
                 new, cur = folder_times(self.folder(box.name))
-                self.note(number, (-new, -cur))
+                self.note(box, (-new, -cur))
 
-    def compare(self, box: Mailbox, found: dict[bytes, bytes], calm: bool) -> None:
-        """Bring the rows in line with `found`.
-
-        readdir(3) may miss a file that is renamed meanwhile. So a message is only gone if it is
-        missing in a folder whose time was old before the listing, and the same after it.
-        """
-        gone, moved = [], []
-        query = "SELECT uid, file FROM message WHERE box = ?"
-        for uid, file in self.db.execute(query, (box.id,)):
-            now = found.pop(base_of(file), None)
-            if now is None:
-                gone.append(uid)
-            elif now != file:
-                moved.append((now, flags_of(now), box.modseq + 1, box.id, uid))
-        self.db.executemany(
-            "UPDATE message SET file = ?1, flags = ?2,"
-            " modseq = CASE flags WHEN ?2 THEN modseq ELSE ?3 END WHERE box = ?4 AND uid = ?5",
-            moved,
-        )
-        if calm and gone:
-            self.forget(box.id, gone)
-        fresh = sorted(found.values(), key=lambda file: (len(file.partition(b".")[0]), file[4:]))
-        for uid, file in enumerate(fresh, box.uidnext):
-            self.add(box, uid, file)
-
-    def add(self, box: Mailbox, uid: int, file: bytes, keywords: str = "") -> None:
-        row = (box.id, uid, file, flags_of(file), keywords, box.modseq + 1, None)
-        self.db.execute("INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+    def put(self, rows: Iterable[MessageRow]) -> None:
+        """Add or change rows; for the trigger, REPLACE deletes nothing."""
+        self.db.executemany("REPLACE INTO message VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def forget(self, number: int, uids: Sequence[int]) -> None:
         """Delete rows; a trigger remembers their UIDs for sessions that know them."""
@@ -3051,16 +3057,7 @@ class Index:
 
     def read(self, box: Mailbox, row: MessageRow) -> bytes:
         """The message as stored."""
-        for _ in range(3):
-            try:
-                with open(self.folder(box.name) + b"/" + row.file, "rb") as file:
-                    return file.read()
-            except FileNotFoundError:  # renamed by another program, or gone
-                box = self.refresh(box)[0]
-                if not (rows := self.rows(box.id, row.uid, row.uid)):
-                    break
-                row = rows[0]
-        raise Vanished
+        return bytes(on_file(self.folder(box.name), row.file, read_file))
 
     def date(self, box: Mailbox, row: MessageRow) -> float:
         """INTERNALDATE: the file's time, which renames, links and backups keep."""
@@ -3090,21 +3087,22 @@ class Index:
         """STORE with how "+", "-" or "" (replace): the MODSEQ of the change, and the UIDs left
         alone because they have changed since."""
         updates, refused = [], []
+        self.refresh(self.by_id(number), thorough=False)  # new messages get their UIDs durably
         with self.change(number, durable=False) as box:
             folder, names = self.folder(box.name), self.known_keywords(box, keywords)
             for row in self.picked(number, uids):
                 if row.modseq > unchanged_since:
                     refused.append(row.uid)
                     continue
-                file, letters = row.file, "".join(sorted(combine(how, row.flags, flags)))
+                file, letters = row.file, sorted(combine(how, row.flags, flags))
                 words = " ".join(combine(how, row.keywords.split(), names))
-                if letters != row.flags:
+                if letters != sorted(row.flags):
                     with contextlib.suppress(Vanished):  # of which the next look will tell
                         file = on_file(folder, file, lambda path: reflag(path, how, flags))
-                if (letters, words) != (row.flags, row.keywords):
-                    updates.append((file, flags_of(file), words, box.modseq + 1, number, row.uid))
-            query = "UPDATE message SET file = ?, flags = ?, keywords = ?, modseq = ?"
-            self.db.executemany(query + " WHERE box = ? AND uid = ?", updates)
+                elif words == row.keywords:
+                    continue
+                updates.append(box.added(row.uid, file, words)._replace(size=row.size))
+            self.put(updates)
             if updates:
                 os.utime(folder + b"/cur")  # keywords rename nothing, and yet sleepers must stir
         return box.modseq + 1, refused
@@ -3113,20 +3111,19 @@ class Index:
         """Take in a delivery that is finished; return its UID."""
         with self.change(number) as box:
             names = " ".join(self.known_keywords(box, keywords))
-            self.add(box, box.uidnext, delivery.keep(flags), names)
+            self.put([box.added(box.uidnext, delivery.keep(flags), names)])
         return box.uidnext
 
-    def copy(
-        self, source: Mailbox, uids: Sequence[int], target: Mailbox, move: bool
-    ) -> list[tuple[int, int]]:
+    def copy(self, source: Mailbox, uids: Sequence[int], target: Mailbox, move: bool) -> Pairs:
         """All or nothing: the UIDs here and there. Moving expunges when the copies are safe:
         killed in between, it leaves both, never none."""
         with contextlib.ExitStack() as undo:
             with self.change(target.id):
-                source = self.catch_up(source.id)[0]
+                source = self.refresh(self.by_id(source.id), thorough=False)[0]
                 target = self.by_id(target.id)  # as it is now, if it is the source too
                 here, there = self.folder(source.name), self.folder(target.name)
-                rows = self.picked(source.id, uids)
+                if len(rows := self.picked(source.id, uids)) < len(uids):
+                    raise Vanished
                 words = {word for row in rows for word in row.keywords.split()}
                 self.known_keywords(target, sorted(words))
                 for uid, row in enumerate(rows, target.uidnext):
@@ -3134,9 +3131,7 @@ class Index:
                     path = there + b"/" + file
                     on_file(here, row.file, partial(os.link, dst=path))
                     undo.callback(os.unlink, path)
-                    self.add(target, uid, file, row.keywords)
-                if len(rows) < len(uids):
-                    raise Vanished
+                    self.put([target.added(uid, file, row.keywords)])
                 sync_directory(there + b"/cur")
             undo.pop_all()
         if move:
@@ -3145,8 +3140,7 @@ class Index:
 
     def expunge(self, number: int, uids: Sequence[int], deleted_only: bool = False) -> None:
         with self.change(number) as box:
-            rows = self.picked(number, uids)
-            rows = [row for row in rows if "T" in row.flags or not deleted_only]
+            rows = [r for r in self.picked(number, uids) if "T" in r.flags or not deleted_only]
             for row in rows:
                 with contextlib.suppress(Vanished):
                     on_file(self.folder(box.name), row.file, os.unlink)
@@ -3167,14 +3161,15 @@ def combine(how: str, old: Sequence[str], change: Sequence[str]) -> list[str]:
 
 def reflag(path: bytes, how: str, flags: str) -> bytes:
     """Rename for new flags; letters that IMAP doesn't know stay (Dovecot's keywords, mutt's P)."""
-    folder, sub, name = path.rsplit(b"/", 2)
-    file = sub + b"/" + name
-    info = file.partition(b":2,")[2].decode("latin-1")
-    others = [letter for letter in info if letter not in "DFRST"]
-    letters = "".join(sorted({*combine(how, flags_of(file), flags), *others}))
-    renamed = b"cur/" + base_of(file) + b":2," + letters.encode("latin-1")
+    folder, _, name = path.rsplit(b"/", 2)
+    info = name.partition(b":2,")[2].decode("latin-1")
+    kept = [letter for letter in info if how or letter not in "DFRST"]
+    letters = "".join(sorted({*combine(how or "+", kept, flags)}))
+    renamed = b"cur/" + name.partition(b":")[0] + b":2," + letters.encode("latin-1")
     os.rename(path, folder + b"/" + renamed)
     return renamed
+
+
 # ------------------------------------------------------------------------------------------------
 # 9  Messages
 #

@@ -34,6 +34,7 @@ import select
 import shutil
 import signal
 import socket
+import sqlite3
 import statistics
 import struct
 import subprocess
@@ -2068,6 +2069,38 @@ def test_a_large_message_is_streamed_while_others_are_served(server, user):
             other.cmd("NOOP")
         assert all(proc_bytes(pid, "Rss") < 100 * 2**20 for pid in server.pids("imap"))
         assert slow.until("^x OK")[-2].endswith(")")
+
+
+def test_what_is_no_file_is_no_message(server, user):
+    home = three_messages(server, user)
+    (home / ".Work" / "cur" / "1.directory").mkdir()
+    os.mkfifo(home / ".Work" / "new" / "2.fifo")
+    with Imap(server, user) as client:
+        assert "* 3 EXISTS" in client.cmd("SELECT Work")
+        assert len(client.cmd("FETCH 1:* BODY.PEEK[]")) == 4
+
+
+def test_an_index_restored_from_a_backup_gives_no_uid_twice(server, user):
+    home = three_messages(server, user)
+
+    def seen():
+        with Imap(server, user) as client:
+            said = "".join(client.cmd("SELECT Work"))
+        return [int(re.search(rf"{what} (\d+)", said)[1]) for what in ("UIDVALIDITY", "UIDNEXT")]
+
+    validity = seen()[0]
+    for more in (1, 2):  # one lost transaction, then two
+        copy = sqlite3.connect(home / "backup")
+        sqlite3.connect(home / "hibernate.sqlite3").backup(copy)
+        copy.close()
+        for _ in range(more):
+            deliver_by_hand(home / ".Work")
+            before = seen()
+        for name in ("-wal", "-shm"):
+            (home / f"hibernate.sqlite3{name}").unlink()
+        (home / "backup").replace(home / "hibernate.sqlite3")
+        now = seen()
+        assert before[0] == validity and now > before and (now[0] > validity) == (more > 1)
 
 
 # ------------------------------------------------------------------------------------------------
