@@ -125,8 +125,19 @@ log = logging.getLogger("hibernate")
 # ------------------------------------------------------------------------------------------------
 
 
-class ConfigError(Exception):
-    """`FILE:LINE: reason`; the command line exits with 78 (EX_CONFIG of sysexits(3))."""
+class Failure(Exception):
+    """Ends the program: the text goes to standard error, the status is one of sysexits(3)."""
+
+    def __init__(self, status: int, text: object) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class ConfigError(Failure):
+    """`FILE:LINE: reason`; the command line exits with 78 (EX_CONFIG)."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(78, text)
 
 
 class Setting(NamedTuple):
@@ -187,14 +198,16 @@ LISTENER = (
     Setting("reuse_port", "bool", "no", "one SO_REUSEPORT socket for each process"),
 )
 LINE = re.compile(
-    r"""\s* (?: ([\w.]+) \s* = \s*+ (?: (["']) ((?: \\["'\\] | (?!\2)[^\\] )*) \2 | (?!["']) (.*?) )
+    r"""\s* (?: ([\w.]+) \s* = \s*+ ((["']) ((?: \\["'\\] | (?!\3)[^\\] )*) \3 | (?!["']) .*?)
             | (\w+) \s+ "?([\w.-]+)"? \s* \{
             | (\}) )? \s* (?: (?<!\S) \#.* )?""", re.VERBOSE
 )  # fmt: skip
 TIME = r"(\d{1,9})\s*(ms(?:ecs?)?|s(?:ecs?|econds?)?|m(?:ins?|inutes?)?|h(?:ours?)?|d(?:ays?)?)"
-SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+SIZE = r"(\d{1,9})\s*([kmgt]?)i?b?"
+SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 RANGES = {"count": range(1, 10**9), "number": range(10**9), "port": range(65536)}
 SWITCH = {"yes": True, "y": True, "no": False, "n": False}
+EXAMPLES = {"time": " such as '30 s'", "size": " such as '64 k'", "bool": ", yes or no"}
 
 
 def read(kind: str, text: str) -> Any:
@@ -203,11 +216,11 @@ def read(kind: str, text: str) -> Any:
     >>> read("time", "2 mins"), read("time", "200msecs"), read("size", "64 k"), read("bool", "No")
     (120.0, 0.2, 65536, False)
     """
-    if kind == "time" and (match := re.fullmatch(TIME, text.lower())):
-        return int(match[1]) * float(0.001 if match[2][:2] == "ms" else SECONDS[match[2][0]])
-    if kind == "time" and re.fullmatch("0+", text):
+    if kind == "time" and text == "0":
         return 0.0  # as in Dovecot, only zero may go without its unit
-    if kind == "size" and (match := re.fullmatch(r"(\d{1,9})\s*([kmgt]?)i?b?", text.lower())):
+    if kind == "time" and (match := re.fullmatch(TIME, text.lower())):
+        return int(match[1]) * (0.001 if match[2][:2] == "ms" else SECONDS[match[2][0]])
+    if kind == "size" and (match := re.fullmatch(SIZE, text.lower())):
         return int(match[1]) * 1024 ** " kmgt".index(match[2] or " ")
     if kind == "bool" and text.lower() in SWITCH:
         return SWITCH[text.lower()]
@@ -220,35 +233,56 @@ def read(kind: str, text: str) -> Any:
             return pwd.getpwnam(text).pw_name if kind == "user" else grp.getgrnam(text).gr_name
         if kind in ("string", "path", "user", "group"):
             return text
-    example = {"time": " such as '30 s'", "size": " such as '64 k'", "bool": ", yes or no"}
-    raise ValueError(f"{text!r} is not a {kind}{example.get(kind, '')}")
+    raise ValueError(f"{text!r} is not a {kind}{EXAMPLES.get(kind, '')}")
 
 
 class Section:
     """The settings of one block, read as attributes: the file's value, else the default."""
 
     def __init__(
-        self, name: str, table: tuple[Setting, ...], defaults: Sequence[str] = (), prefix: str = ""
+        self, title: str, table: tuple[Setting, ...], defaults: Sequence[str] = (), prefix: str = ""
     ) -> None:
-        self.name = name
         rows = [row._replace(default=text) for row, text in zip(table, defaults)]
         rows += table[len(defaults):]
+        self.title = title
         self.rows = {row.name.replace("@", prefix): row for row in rows}
         self.values = {row.name.strip("@"): read(row.kind, row.default) for row in rows}
-        self.texts: dict[str, str] = {}  # as written in the file, for `-n`
-        self.lines: dict[str, int] = collections.defaultdict(int)
+        self.lines: dict[str, int] = collections.defaultdict(int)  # where the file sets it
+        self.changed: dict[str, str] = {}  # what is not the default, as written in the file
+        self.sections: dict[str, Section] = {}
+        self.listener: Role | None = None  # whose inet_listeners it may hold
 
     def __getattr__(self, name: str) -> Any:
         if name == "values" or name not in self.values:
             raise AttributeError(name)
         return self.values[name]
 
-    def put(self, key: str, text: str, line: int) -> None:
+    def put(self, key: str, text: str, written: str, line: int) -> None:
         """Read one `key = value`; ValueError says what is wrong with it."""
         if key not in self.rows:
-            raise ValueError(f"unknown setting in {self.name}")
-        self.values[self.rows[key].name.strip("@")] = read(self.rows[key].kind, text)
-        self.texts[key], self.lines[key] = text, line
+            raise ValueError(f"unknown setting in {self.title}")
+        row = self.rows[key]
+        self.values[row.name.strip("@")] = value = read(row.kind, text)
+        self.lines[key], self.changed[key] = line, written
+        if value == read(row.kind, row.default):
+            del self.changed[key]
+
+    def open(self, kind: str, name: str) -> Section:
+        """The section inside this one; ValueError if there can be none."""
+        title = f"{kind} {name}"
+        if self.listener and kind == "inet_listener" and name not in self.sections:
+            self.sections[name] = Section(title, LISTENER, [str(self.listener.port)])
+        if name not in self.sections or self.sections[name].title != title:
+            raise ValueError(f"section '{title}' is unknown in {self.title}")
+        return self.sections[name]
+
+    def dump(self) -> list[str]:
+        """What differs from the defaults, as the parser reads it."""
+        lines = [f"{key} = {written}" for key, written in self.changed.items()]
+        for section in self.sections.values():
+            if inner := section.dump():
+                lines += [f"{section.title} {{", *(f"  {line}" for line in inner), "}"]
+        return lines
 
 
 class Config(Section):
@@ -256,17 +290,18 @@ class Config(Section):
 
     def __init__(self, program: Program, path: str = "") -> None:
         super().__init__("the file", (*SETTINGS, *program.settings), (), program.prefix)
-        self.program = program
-        self.path = path
+        self.program, self.path = program, path
         self.folder = os.path.dirname(os.path.abspath(path)) if path else os.getcwd()
-        self.services = {
-            role.name: Section(f"service {role.name}", LIMITS, role.limits)
-            for role in program.roles
-        }
-        self.listeners: dict[str, dict[str, Section]] = {name: {} for name in self.services}
-        if path:
-            with open(path, encoding="utf-8", errors="replace") as file:
-                self.parse(file.read().split("\n"))
+        for role in program.roles:
+            section = Section(f"service {role.name}", LIMITS, role.limits)
+            section.listener = role if role.listener else None
+            self.sections[role.name] = section
+        try:
+            if path:
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    self.parse(file.read().split("\n"))
+        except OSError as error:
+            self.fail(0, str(error.strerror))
         self.finish()
 
     def inbox(self, service: str) -> str:
@@ -283,46 +318,37 @@ class Config(Section):
                 match = LINE.fullmatch(line)
                 if not match:
                     raise ValueError("expected 'key = value', 'service NAME {', or '}'")
-                key, _, quoted, plain, kind, name, closing = match.groups()
+                key, written, _, quoted, kind, name, closing = match.groups()
                 if key:
-                    text = plain if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
-                    stack[-1].put(key, text, number)
+                    text = written if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
+                    stack[-1].put(key, text, written, number)
                 elif kind:
-                    stack.append(self.open_section(stack[-1], kind, name))
+                    stack.append(stack[-1].open(kind, name))
                 elif closing and stack.pop() is self:
                     raise ValueError("this '}' closes nothing")
             except ValueError as error:
                 self.fail(number, f"{key}: {error}" if match and key else str(error))
         if len(stack) > 1:
-            self.fail(len(lines), f"'}}' is missing: {stack[-1].name} is still open")
-
-    def open_section(self, outer: Section, kind: str, name: str) -> Section:
-        if kind == "service" and outer is self and name in self.services:
-            return self.services[name]
-        for role in self.program.roles:
-            if kind == "inet_listener" and outer is self.services[role.name] and role.listener:
-                section = Section(f"inet_listener {name}", LISTENER, [str(role.port)])
-                return self.listeners[role.name].setdefault(name, section)
-        raise ValueError(f"section '{kind} {name}' is unknown in {outer.name}")
+            self.fail(len(lines), f"'}}' is missing: {stack[-1].title} is still open")
 
     def finish(self) -> None:
         """Paths, which are relative to the file's own folder, and the checks of the whole."""
         for name in [row.name for row in self.rows.values() if row.kind == "path"]:
             if path := os.path.expanduser(self.values[name]):
                 self.values[name] = os.path.normpath(os.path.join(self.folder, path))
-        if max(len(os.fsencode(self.inbox(name + ".new"))) for name in self.services) > 107:
+        if max(len(os.fsencode(self.inbox(name + ".new"))) for name in self.sections) > 107:
             # sockaddr_un.sun_path, unix(7)
-            self.fail(self.lines.get("base_dir", 0), "base_dir: too long for a socket's name")
-        for role in self.program.roles:
-            service, listeners = self.services[role.name], self.listeners[role.name]
-            if role.listener and not listeners:
-                self.open_section(service, "inet_listener", role.listener)
-            if service.process_min_avail > service.process_limit:
+            self.fail(self.lines["base_dir"], "base_dir: too long for a socket's name")
+        for name, service in self.sections.items():
+            reserve, limit = service.process_min_avail, service.process_limit
+            if service.listener and not service.sections:
+                service.open("inet_listener", service.listener.listener)
+            if reserve > limit:
                 line = max(service.lines.values())
-                self.fail(line, f"{role.name}: process_min_avail is above process_limit")
-            for listener in listeners.values():
-                if listener.reuse_port and service.process_min_avail != service.process_limit:
-                    reason = f"reuse_port: {role.name} needs process_min_avail = process_limit"
+                self.fail(line, f"{name}: process_min_avail is above process_limit")
+            for listener in service.sections.values():
+                if listener.reuse_port and reserve != limit:
+                    reason = f"reuse_port: {name} needs process_min_avail = process_limit"
                     self.fail(listener.lines["reuse_port"], reason)
 
 
@@ -2054,10 +2080,6 @@ THROTTLE = 2.0, 60.0  # seconds: the first delay and the longest
 INHERIT = "HIBERNATE_INHERIT"  # environment: what one generation leaves to the next
 
 
-class Unavailable(Exception):
-    """A port or the directory is in use: exit 69 (EX_UNAVAILABLE)."""
-
-
 @dataclass(eq=False)
 class Child:
     """A process as the master knows it."""
@@ -2115,7 +2137,7 @@ class Master:
         self.groups: dict[str, list[socket.socket]] = {}  # what the next generation inherits
         self.loop = Loop()
         self.pools: list[Pool] = []
-        users = {service.user for service in config.services.values()} - {""}
+        users = {service.user for service in config.sections.values()} - {""}
         self.peers = {os.getuid(), *(pwd.getpwnam(user).pw_uid for user in users)}
         self.stopping = False
         self.check: tuple[subprocess.Popen[bytes], Channel | None] | None = None
@@ -2125,11 +2147,10 @@ class Master:
 
     def run(self) -> None:
         self.prepare_directory()
-        names = self.config.listeners
-        groups = {name: self.open_listeners(name) for name in names}  # all of them before a fork
+        groups = {name: self.open_listeners(name) for name in self.config.sections}  # all of them before a fork
         close_all(itertools.chain(*self.inherited.values()))  # gone from the configuration
         for role in self.config.program.roles:
-            settings, inbox = self.config.services[role.name], self.open_inbox(role.name)
+            settings, inbox = self.config.sections[role.name], self.open_inbox(role.name)
             self.pools.append(Pool(role, settings, inbox, groups[role.name]))
         self.control = self.open_inbox("master")
         self.loop.watch(self.control.fileno(), READ, self.accept_control)
@@ -2167,8 +2188,8 @@ class Master:
         """A group of SO_REUSEPORT sockets, one a slot, never shrinks while the master lives:
         closing one resets what waits in it."""
         groups = []
-        for name, listener in self.config.listeners[service].items():
-            count = self.config.services[service].process_limit if listener.reuse_port else 1
+        for name, listener in self.config.sections[service].sections.items():
+            count = self.config.sections[service].process_limit if listener.reuse_port else 1
             key = f"{service}/{name} {listener.address} {listener.port} {count}"
             group = [socket.socket(fileno=fd) for fd in self.inherited.pop(key, [])]
             while len(group) < count:
@@ -2323,7 +2344,7 @@ class Master:
         if self.check and self.check[0].poll() is not None:
             self.checked(*self.check)
         if self.stopping and not self.old_pids and not any(pool.children for pool in self.pools):
-            for name in (*self.config.services, "master"):
+            for name in (*self.config.sections, "master"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.config.inbox(name))
             self.loop.running = False
@@ -2449,7 +2470,7 @@ class Master:
 
 
 def persist(attempt: Callable[[], Any], what: str) -> Any:
-    """Try for BIND_TIME seconds; then Unavailable. Only for a master that serves nobody yet."""
+    """Try for BIND_TIME seconds; then Failure. Only for a master that serves nobody yet."""
     end = time.monotonic() + BIND_TIME
     while True:
         try:
@@ -2458,9 +2479,9 @@ def persist(attempt: Callable[[], Any], what: str) -> Any:
             raise PermissionError(error.errno, error.strerror, what) from None
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EAGAIN):
-                raise Unavailable(f"{what}: {error.strerror}") from None
+                raise Failure(69, f"{what}: {error.strerror}") from None
         if time.monotonic() > end:
-            raise Unavailable(f"{what} is in use")
+            raise Failure(69, f"{what} is in use")
         time.sleep(0.05)
 
 
@@ -4969,7 +4990,7 @@ def main(arguments: list[str]) -> int:
             return make_password(options.operand or "SSHA512")
         config = load_config(options.file)
         if options.dump:
-            print(f"# {__version__}: {config.path or 'no configuration'}", *dump(config), sep="\n")
+            print(f"# {__version__}: {config.path or 'no configuration'}", *config.dump(), sep="\n")
         elif options.check:
             pass
         elif options.command == "run":
@@ -4979,52 +5000,21 @@ def main(arguments: list[str]) -> int:
         else:
             return control(config, options)
         return 0
-    except ConfigError as error:
-        return complain(78, error)
+    except Failure as error:
+        return complain(error.status, error)
     except PermissionError as error:
         return complain(77, f"{error.filename}: {error.strerror}")
-    except (Unavailable, FileNotFoundError) as error:
+    except FileNotFoundError as error:
         return complain(69, error)
 
 
 def load_config(file: str | None) -> Config:
     if file is None and os.path.exists("hibernate.conf"):
         file = "hibernate.conf"
-    try:
-        config = Config(PROGRAM, file or "")
-    except OSError as error:
-        raise ConfigError(f"{file}:0: {error.strerror}") from None
+    config = Config(PROGRAM, file or "")
     if not config.mail_location.startswith("maildir:"):
         config.fail(config.lines["mail_location"], "mail_location: only maildir:PATH is known")
     return config
-
-
-def dump(config: Config) -> list[str]:
-    """What differs from the defaults, as the parser reads it."""
-    lines = changed(config)
-    for name, service in config.services.items():
-        inner = [block(section, []) for section in config.listeners[name].values()]
-        lines += block(service, [*itertools.chain(*inner)])
-    return lines
-
-
-def block(section: Section, inner: list[str]) -> list[str]:
-    lines = [f"  {line}" for line in changed(section) + inner]
-    return [f"{section.name} {{", *lines, "}"] if lines else []
-
-
-def changed(section: Section) -> list[str]:
-    rows = [(section.rows[key], key, text) for key, text in section.texts.items()]
-    return [
-        f"{key} = {written(text)}" for row, key, text in rows
-        if read(row.kind, text) != read(row.kind, row.default)
-    ]  # fmt: skip
-
-
-def written(text: str) -> str:
-    if re.fullmatch(r"[\w./:%@+=-]+( \w+)*", text):
-        return text
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def serve(config: Config) -> None:
@@ -5040,7 +5030,7 @@ def serve(config: Config) -> None:
 
     def ready(master: Master) -> None:
         for pool in master.pools:
-            for name, group in zip(config.listeners[pool.role.name], pool.listeners):
+            for name, group in zip(pool.settings.sections, pool.listeners):
                 host, port = group[0].getsockname()[:2]
                 print(f"listening {name} {f'[{host}]' if ':' in host else host}:{port}")
         print(*lines, "ready", sep="\n", flush=True)
