@@ -4950,14 +4950,9 @@ def home_of(config: Config, user: str) -> str:
     return os.path.normpath(os.path.join(config.folder, path.removeprefix("maildir:")))
 
 
-def complain(status: int, reason: object) -> int:
-    print(reason, file=sys.stderr)
-    return status
-
-
 class Arguments(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        sys.exit(complain(64, f"{self.prog}: {message}\n{self.format_usage()}".rstrip()))
+        raise Failure(64, f"{self.prog}: {message}\n{self.format_usage()}".rstrip())
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -4984,37 +4979,34 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit status of sysexits(3)."""
-    options = parse_arguments(arguments)
     try:
-        if options.command == "passwd":
-            return make_password(options.operand or "SSHA512")
-        config = load_config(options.file)
-        if options.dump:
-            print(f"# {__version__}: {config.path or 'no configuration'}", *config.dump(), sep="\n")
-        elif options.check:
-            pass
-        elif options.command == "run":
-            serve(config)
-        elif options.command == "deliver":
-            return deliver_message(config, options.operand)
-        else:
-            return control(config, options)
+        perform(parse_arguments(arguments))
         return 0
     except Failure as error:
-        return complain(error.status, error)
-    except PermissionError as error:
-        return complain(77, f"{error.filename}: {error.strerror}")
-    except FileNotFoundError as error:
-        return complain(69, error)
+        status, reason = error.status, str(error)
+    except (PermissionError, FileNotFoundError) as error:
+        status = 77 if isinstance(error, PermissionError) else 69
+        reason = f"{error.filename}: {error.strerror}"
+    print(reason, file=sys.stderr)
+    return status
 
 
-def load_config(file: str | None) -> Config:
-    if file is None and os.path.exists("hibernate.conf"):
-        file = "hibernate.conf"
-    config = Config(PROGRAM, file or "")
+def perform(options: argparse.Namespace) -> None:
+    if options.command == "passwd":
+        return make_password(options.operand or "SSHA512")
+    if options.file is None and os.path.exists("hibernate.conf"):
+        options.file = "hibernate.conf"
+    config = Config(PROGRAM, options.file or "")
     if not config.mail_location.startswith("maildir:"):
         config.fail(config.lines["mail_location"], "mail_location: only maildir:PATH is known")
-    return config
+    if options.dump:
+        print(f"# {__version__}: {config.path or 'no configuration'}", *config.dump(), sep="\n")
+    elif options.command == "deliver" and not options.check:
+        deliver_message(config, options.operand)
+    elif options.command == "run" and not options.check:
+        serve(config)
+    elif not options.check:
+        control(config, options)
 
 
 def serve(config: Config) -> None:
@@ -5061,69 +5053,70 @@ def make_demo(config: Config) -> list[str]:
     return ["user: demo", f"password: {password}"]
 
 
-def make_password(scheme: str) -> int:
+def make_password(scheme: str) -> None:
     password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
     try:
         print(encode_password(scheme, password))
     except ValueError as error:
-        return complain(64, error)
-    return 0
+        raise Failure(64, error) from None
 
 
-def deliver_message(config: Config, user: str) -> int:
+def deliver_message(config: Config, user: str) -> None:
     os.umask(0o077)
     try:
         deliver(home_of(config, user), sys.stdin.buffer)
     except ValueError as error:
-        return complain(64, error)
-    except OSError as error:
-        return complain(77 if isinstance(error, PermissionError) else 75, f"deliver: {error}")
-    return 0
+        raise Failure(64, error) from None
+    except OSError as error:  # 75, EX_TEMPFAIL: a mail server keeps the message and tries again
+        status = 77 if isinstance(error, PermissionError) else 75
+        raise Failure(status, f"deliver: {error}") from None
 
 
-def control(config: Config, options: argparse.Namespace) -> int:
+def control(config: Config, options: argparse.Namespace) -> None:
     """Send one command to the master, print what comes back until the connection's end."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sock.settimeout(10)
     try:
         sock.connect(config.inbox("master"))
     except (FileNotFoundError, ConnectionRefusedError):
-        return complain(75, f"hibernate is not running in {config.base_dir}")
+        raise Failure(75, f"hibernate is not running in {config.base_dir}") from None
     sock.send(f"{options.command} {options.operand}".strip().encode())
     text = b""
     with contextlib.suppress(TimeoutError):
         while data := sock.recv(1 << 20):
             text += data
     if options.command in ("reload", "stop"):
+        if text.startswith(b"refused"):
+            raise Failure(78, text.decode())
         print(text.decode(), end="\n" if text else "")
-        return 78 if text.startswith(b"refused") else 0
-    rows = [json.loads(line) for line in text.splitlines()]
+        return
+    rows: dict[object, dict[str, Any]] = {}
+    for line in text.splitlines():
+        row = json.loads(line)
+        rows.setdefault(row.get("session", line), row)  # moving, it may have been told twice
     if options.json:
-        print(*map(json.dumps, rows), sep="\n", end="\n" if rows else "")
+        for row in rows.values():
+            print(json.dumps(row))
     elif options.command == "kick":
-        print(f"{sum(row['kicked'] for row in rows)} sessions ended")
+        print(f"{sum(row['kicked'] for row in rows.values())} sessions ended")
     else:
-        print_table([row for row in rows if "user" in row or "clients" in row])
-        for row in rows:
-            counts = row.get("counts", {}) | row.get("refusals", {})
-            if counts:
-                told = ", ".join(f"{count} {what}" for what, count in counts.items())
-                print(f"{row['service']}[{row['pid']}]: {told}")
-            elif row.get("delay"):
-                print(f"{row['service']}: throttled, no new process for {row['delay']:.0f} s")
-    return 0
+        print_table([row for row in rows.values() if row.get("delay") != 0])
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    names = ("user", "service", "pid", "remote", "since", "session", "clients", "room")
-    table = [[name for name in names if name in row] for row in rows[:1]]
-    for row in rows:
-        if "since" in row:
-            row["since"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["since"]))
-        table.append([str(row[name]) or "-" for name in table[0]])
+    names = list(dict.fromkeys(itertools.chain(*rows)))
+    table = [names, *([shown(name, row.get(name)) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table)]
-    for cells in table:
+    for cells in table if rows else ():
         print("  ".join(map(str.ljust, cells, widths)).rstrip())
+
+
+def shown(name: str, value: Any) -> str:
+    if name == "since" and value:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+    if isinstance(value, dict):
+        value = ", ".join(f"{count} {what}" for what, count in value.items())
+    return "-" if value in (None, "") else str(value)
 
 
 if __name__ == "__main__":
