@@ -2076,6 +2076,7 @@ class Keeper(Service):
 
 BIND_TIME = 5.0  # seconds in which a predecessor may give up its port or its lock
 STOP_TIME = 5.0  # seconds for the farewells of a stop
+REPORT_TIME = 30.0  # seconds from its fork until a process must have reported
 THROTTLE = 2.0, 60.0  # seconds: the first delay and the longest
 INHERIT = "HIBERNATE_INHERIT"  # environment: what one generation leaves to the next
 
@@ -2087,17 +2088,12 @@ class Child:
     slot: int
     generation: int
     room: int  # until its first report: what it will have
-    process: Any = None
-    pid: int = 0  # of its survivor, if it was a keeper
-    channel: Channel | None = None
+    process: Any
+    pid: int  # of its survivor, if it was a keeper
+    channel: Channel = field(init=False)
     clients: int = 0
     reported: bool = False
     covers: str = ""  # what it was told last, see Master.cover()
-
-    def tell(self, word: str, fd: int = -1) -> None:
-        with contextlib.suppress(OSError):  # a dead or stopped one
-            if self.channel:
-                self.channel.send(word.encode(), fd)
 
 
 @dataclass(eq=False)
@@ -2110,8 +2106,8 @@ class Pool:
     listeners: list[list[socket.socket]]
     children: list[Child] = field(default_factory=list)
     delay: float = 0.0  # seconds, of the last throttle
-    resting: Timer | None = None  # throttled, or all are full: until the master looks again
-    full_since: float = 0.0  # 0: not all are full
+    rests_until: float = 0.0  # throttled, or all are full: neither fork nor listen until then
+    full: int = 0  # for how many seconds connections have found all full
     idle_low: int = 0  # fewest idle processes seen in this idle_kill interval
 
     def idle(self) -> list[Child]:
@@ -2119,7 +2115,13 @@ class Pool:
 
     def tell(self, word: str, fd: int = -1) -> None:
         for child in self.children:
-            child.tell(word, fd)
+            tell(child.channel, word, fd)
+
+
+def tell(channel: Channel, word: str, fd: int = -1) -> None:
+    """Say it, unless the other end is gone or stopped."""
+    with contextlib.suppress(OSError):
+        channel.send(word.encode(), fd)
 
 
 class Master:
@@ -2129,11 +2131,12 @@ class Master:
         """`ready` is called once, when all listen and every reserve has reported."""
         self.config = config
         self.ready = ready
+        self.lock: int
+        self.generation: int
+        self.inherited: dict[str, list[int]]
         inherited = json.loads(os.environ.pop(INHERIT, "[-1, 0, [], {}]"))
-        self.lock: int = inherited[0]
-        self.generation: int = inherited[1]
-        self.old_pids: set[int] = set(inherited[2])
-        self.inherited: dict[str, list[int]] = inherited[3]
+        self.lock, self.generation, old_pids, self.inherited = inherited
+        self.old_pids = set[int](old_pids)
         self.groups: dict[str, list[socket.socket]] = {}  # what the next generation inherits
         self.loop = Loop()
         self.pools: list[Pool] = []
@@ -2147,7 +2150,8 @@ class Master:
 
     def run(self) -> None:
         self.prepare_directory()
-        groups = {name: self.open_listeners(name) for name in self.config.sections}  # all of them before a fork
+        # All of them before any fork: a process inherits its service's whole group.
+        groups = {name: self.open_listeners(name) for name in self.config.sections}
         close_all(itertools.chain(*self.inherited.values()))  # gone from the configuration
         for role in self.config.program.roles:
             settings, inbox = self.config.sections[role.name], self.open_inbox(role.name)
@@ -2188,8 +2192,9 @@ class Master:
         """A group of SO_REUSEPORT sockets, one a slot, never shrinks while the master lives:
         closing one resets what waits in it."""
         groups = []
-        for name, listener in self.config.sections[service].sections.items():
-            count = self.config.sections[service].process_limit if listener.reuse_port else 1
+        settings = self.config.sections[service]
+        for name, listener in settings.sections.items():
+            count = settings.process_limit if listener.reuse_port else 1
             key = f"{service}/{name} {listener.address} {listener.port} {count}"
             group = [socket.socket(fileno=fd) for fd in self.inherited.pop(key, [])]
             while len(group) < count:
@@ -2218,14 +2223,14 @@ class Master:
         missing = pool.settings.process_min_avail - sum(c.room > 0 for c in pool.children)
         free = pool.settings.process_limit - len(pool.children)
         for _ in range(min(missing, free)):
-            if not self.stopping and not pool.resting:
+            if not self.rests(pool):
                 self.spawn(pool)
         full = not any(child.room > 0 for child in pool.children)
-        listens = full and not self.stopping and not pool.resting
-        pool.full_since = pool.full_since if full else 0.0
+        pool.full *= full
         shared = [group[0] for group in pool.listeners if len(group) == 1]
         for sock in (pool.inbox, *shared):
-            self.loop.watch(sock.fileno(), READ * listens, lambda *_: self.called(pool))
+            events = READ if full and not self.rests(pool) else 0
+            self.loop.watch(sock.fileno(), events, lambda *_: self.called(pool))
         pool.idle_low = min(pool.idle_low, len(pool.idle()))
         self.cover(pool)
 
@@ -2234,24 +2239,20 @@ class Master:
         if len(pool.children) < pool.settings.process_limit:
             self.spawn(pool)
         else:
-            if not pool.full_since:
-                pool.full_since = time.monotonic()
+            if not pool.full:
                 text = "service %s: all are full, process_limit (%d) is reached: connections wait"
                 log.warning(text, pool.role.name, pool.settings.process_limit)
-            pool.tell(f"full {time.monotonic() - pool.full_since:.0f}")
+            pool.tell(f"full {pool.full}")
+            pool.full += 1
             self.rest(pool, 1.0)
         self.balance(pool)
 
     def rest(self, pool: Pool, seconds: float) -> None:
-        """Neither fork nor listen for it until then."""
+        pool.rests_until = time.monotonic() + seconds
+        self.loop.later(seconds, lambda: self.balance(pool))
 
-        def over() -> None:
-            pool.resting = None
-            self.balance(pool)
-
-        if pool.resting:
-            pool.resting.cancel()
-        pool.resting = self.loop.later(seconds, over)
+    def rests(self, pool: Pool) -> bool:
+        return self.stopping or time.monotonic() < pool.rests_until
 
     def throttle(self, pool: Pool) -> None:
         """A process has died before it reported: no new one for a while."""
@@ -2268,17 +2269,16 @@ class Master:
         for child in pool.children:
             if child.covers != words and any(len(group) > 1 for group in pool.listeners):
                 child.covers = words
-                child.tell(words)
+                tell(child.channel, words)
 
     def spawn(self, pool: Pool) -> None:
         slot = min({*range(len(pool.children) + 1)} - {child.slot for child in pool.children})
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.generation += 1
-        child = Child(slot, self.generation, pool.settings.client_limit)
-        main = partial(self.child_main, pool, child, ours, theirs)
-        child.process = self.context.Process(target=main, name=pool.role.name)
+        main = partial(self.child_main, pool, slot, ours, theirs)
+        process = self.context.Process(target=main, name=pool.role.name)
         try:
-            child.process.start()
+            process.start()
         except OSError as error:
             log.error("service %s: fork: %s", pool.role.name, error.strerror)
             ours.close()
@@ -2286,12 +2286,19 @@ class Master:
             return
         finally:
             theirs.close()
-        child.pid = child.process.pid
-        pool.children.append(child)
+        limit = pool.settings.client_limit
+        child = Child(slot, self.generation, limit, process, process.pid or 0)
         child.channel = Channel(self.loop, ours, partial(self.heard, pool, child))
+        pool.children.append(child)
+        self.loop.later(REPORT_TIME, lambda: self.overdue(pool, child))
+
+    def overdue(self, pool: Pool, child: Child) -> None:
+        if child in pool.children and not child.reported:
+            log.error("service %s: process %d has not reported", pool.role.name, child.pid)
+            child.process.kill()
 
     def child_main(
-        self, pool: Pool, child: Child, ours: socket.socket, theirs: socket.socket
+        self, pool: Pool, slot: int, ours: socket.socket, theirs: socket.socket
     ) -> None:
         """The new process: put in order what the fork has copied, then be a service."""
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
@@ -2303,13 +2310,12 @@ class Master:
         os.close(self.lock)
         for other in self.pools:
             for sibling in other.children:
-                if sibling.channel:
-                    sibling.channel.sock.close()
+                sibling.channel.sock.close()
             if other is not pool:
                 for sock in (other.inbox, *itertools.chain(*other.listeners)):
                     sock.close()
         kind = Keeper if pool.role.wakes else Service
-        kind(self, pool, child.slot, child.generation).run(theirs)
+        kind(self, pool, slot, self.generation).run(theirs)
 
     def heard(self, pool: Pool, child: Child, message: bytes, fds: list[int]) -> None:
         close_all(fds)
@@ -2324,7 +2330,7 @@ class Master:
             child.pid = pid
             self.old_pids.add(pid)
             if self.stopping:
-                child.tell("stop")
+                tell(child.channel, "stop")
         child.reported, child.room, child.clients = True, room, clients
         self.balance(pool)
         if self.ready and all(
@@ -2365,7 +2371,7 @@ class Master:
         """Every idle_kill seconds: as many as were idle all the time, above the reserve, end."""
         surplus = max(0, pool.idle_low - pool.settings.process_min_avail)
         for child in pool.idle()[:surplus]:
-            child.tell("end-if-idle")
+            tell(child.channel, "end-if-idle")
         pool.idle_low = len(pool.idle())
         self.loop.later(pool.settings.idle_kill or 60.0, lambda: self.end_idle(pool))
 
@@ -2389,8 +2395,7 @@ class Master:
         else:
             for pool in self.pools if name in ("who", "status", "kick") else ():
                 if name == "status":
-                    row = {"service": pool.role.name, "delay": pool.delay}
-                    channel.send(compact(row).encode() + b"\n")
+                    tell(channel, compact({"service": pool.role.name, "delay": pool.delay}) + "\n")
                 pool.tell(line, channel.sock.fileno())
             channel.close()
 
@@ -2434,7 +2439,7 @@ class Master:
         if times == 3:
             self.stop()
         else:
-            self.loop.later(1.0, partial(self.see_empty, 0 if busy else times + 1))
+            self.loop.later(1.0, lambda: self.see_empty(0 if busy else times + 1))
 
     def reload(self, channel: Channel | None = None) -> None:
         """A new process checks file and code first; checked() goes on."""
@@ -2450,8 +2455,7 @@ class Master:
         text = process.communicate()[0][:4000].decode("utf-8", "replace").strip()
         word = f"refused: {text}" if process.returncode else "reloading"
         if channel:
-            with contextlib.suppress(OSError):
-                channel.send(word.encode())
+            tell(channel, word)
             channel.close()
         log.log(logging.ERROR if process.returncode else logging.INFO, word)
         if not process.returncode:
@@ -2475,13 +2479,12 @@ def persist(attempt: Callable[[], Any], what: str) -> Any:
     while True:
         try:
             return attempt()
-        except PermissionError as error:
-            raise PermissionError(error.errno, error.strerror, what) from None
         except OSError as error:
-            if error.errno not in (errno.EADDRINUSE, errno.EAGAIN):
-                raise Failure(69, f"{what}: {error.strerror}") from None
-        if time.monotonic() > end:
-            raise Failure(69, f"{what} is in use")
+            in_use = error.errno in (errno.EADDRINUSE, errno.EAGAIN)
+            if not in_use or time.monotonic() > end:
+                status = 77 if isinstance(error, PermissionError) else 69
+                reason = "is in use" if in_use else error.strerror
+                raise Failure(status, f"{what}: {reason}") from None
         time.sleep(0.05)
 
 
