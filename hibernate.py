@@ -2086,7 +2086,6 @@ class Child:
     """A process as the master knows it."""
 
     slot: int
-    generation: int
     room: int  # until its first report: what it will have
     process: Any
     pid: int  # of its survivor, if it was a keeper
@@ -2286,8 +2285,7 @@ class Master:
             return
         finally:
             theirs.close()
-        limit = pool.settings.client_limit
-        child = Child(slot, self.generation, limit, process, process.pid or 0)
+        child = Child(slot, pool.settings.client_limit, process, process.pid or 0)
         child.channel = Channel(self.loop, ours, partial(self.heard, pool, child))
         pool.children.append(child)
         self.loop.later(REPORT_TIME, lambda: self.overdue(pool, child))
@@ -2297,9 +2295,7 @@ class Master:
             log.error("service %s: process %d has not reported", pool.role.name, child.pid)
             child.process.kill()
 
-    def child_main(
-        self, pool: Pool, slot: int, ours: socket.socket, theirs: socket.socket
-    ) -> None:
+    def child_main(self, pool: Pool, slot: int, ours: socket.socket, theirs: socket.socket) -> None:
         """The new process: put in order what the fork has copied, then be a service."""
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_IGN)  # a Ctrl-C reaches the whole process group
@@ -2322,9 +2318,7 @@ class Master:
         if not message:
             self.bury(pool, child)
             return
-        generation, room, clients, pid = checked(message.decode(), (int, int, int, int))
-        if generation != child.generation:
-            return
+        _, room, clients, pid = checked(message.decode(), (int, int, int, int))
         pool.delay = 0.0
         if pid != child.pid:  # a keeper's survivor: it knows nothing of earlier words
             child.pid = pid
@@ -5017,7 +5011,10 @@ def serve(config: Config) -> None:
     if len(" ".join(sys.orig_argv)) < 80 and os.path.exists("/proc/self/stat"):
         os.execv(sys.executable, [*sys.orig_argv, "--title-room=" + "." * 80])
     os.umask(0o077)
-    open_log(config.log_path)
+    handler = WatchedFileHandler(config.log_path) if config.log_path else logging.StreamHandler()
+    layout = "%(asctime)s %(processName)s[%(process)d] %(levelname)s %(message)s"
+    logging.basicConfig(handlers=[handler], format=layout, level=logging.INFO)
+    multiprocessing.current_process().name = "master"
     first = INHERIT not in os.environ
     lines = [] if config.path or not first else make_demo(config)
     if not config.path:
@@ -5031,16 +5028,6 @@ def serve(config: Config) -> None:
         print(*lines, "ready", sep="\n", flush=True)
 
     Master(config, ready if first else None).run()
-
-
-def open_log(path: str) -> None:
-    handler = WatchedFileHandler(path) if path else logging.StreamHandler()
-    layout = "%(asctime)s %(processName)s[%(process)d] %(levelname)s %(message)s"
-    handler.setFormatter(logging.Formatter(layout))
-    multiprocessing.current_process().name = "master"
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
 
 
 def make_demo(config: Config) -> list[str]:
