@@ -2130,12 +2130,9 @@ class Master:
         """`ready` is called once, when all listen and every reserve has reported."""
         self.config = config
         self.ready = ready
-        self.lock: int
-        self.generation: int
-        self.inherited: dict[str, list[int]]
-        inherited = json.loads(os.environ.pop(INHERIT, "[-1, 0, [], {}]"))
+        inherited: list[Any] = json.loads(os.environ.pop(INHERIT, "[-1, 0, [], {}]"))
         self.lock, self.generation, old_pids, self.inherited = inherited
-        self.old_pids = set[int](old_pids)
+        self.old_pids: set[int] = set(old_pids)
         self.groups: dict[str, list[socket.socket]] = {}  # what the next generation inherits
         self.loop = Loop()
         self.pools: list[Pool] = []
@@ -2226,9 +2223,8 @@ class Master:
                 self.spawn(pool)
         full = not any(child.room > 0 for child in pool.children)
         pool.full *= full
-        shared = [group[0] for group in pool.listeners if len(group) == 1]
-        for sock in (pool.inbox, *shared):
-            events = READ if full and not self.rests(pool) else 0
+        events = READ if full and not self.rests(pool) else 0
+        for sock in (pool.inbox, *(group[0] for group in pool.listeners if len(group) == 1)):
             self.loop.watch(sock.fileno(), events, lambda *_: self.called(pool))
         pool.idle_low = min(pool.idle_low, len(pool.idle()))
         self.cover(pool)
@@ -2388,7 +2384,7 @@ class Master:
             self.reload(channel)
         else:
             for pool in self.pools if name in ("who", "status", "kick") else ():
-                if name == "status":
+                if name == "status" and pool.delay:
                     tell(channel, compact({"service": pool.role.name, "delay": pool.delay}) + "\n")
                 pool.tell(line, channel.sock.fileno())
             channel.close()
@@ -4998,11 +4994,13 @@ def perform(options: argparse.Namespace) -> None:
         config.fail(config.lines["mail_location"], "mail_location: only maildir:PATH is known")
     if options.dump:
         print(f"# {__version__}: {config.path or 'no configuration'}", *config.dump(), sep="\n")
-    elif options.command == "deliver" and not options.check:
-        deliver_message(config, options.operand)
-    elif options.command == "run" and not options.check:
+    elif options.check:
+        pass
+    elif options.command == "run":
         serve(config)
-    elif not options.check:
+    elif options.command == "deliver":
+        deliver_message(config, options.operand)
+    else:
         control(config, options)
 
 
@@ -5090,7 +5088,7 @@ def control(config: Config, options: argparse.Namespace) -> None:
     elif options.command == "kick":
         print(f"{sum(row['kicked'] for row in rows.values())} sessions ended")
     else:
-        print_table([row for row in rows.values() if row.get("delay") != 0])
+        print_table(list(rows.values()))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
