@@ -125,8 +125,19 @@ log = logging.getLogger("hibernate")
 # ------------------------------------------------------------------------------------------------
 
 
-class ConfigError(Exception):
-    """`FILE:LINE: reason`; the command line exits with 78 (EX_CONFIG of sysexits(3))."""
+class Failure(Exception):
+    """Ends the program: the text goes to standard error, the status is one of sysexits(3)."""
+
+    def __init__(self, status: int, text: object) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class ConfigError(Failure):
+    """`FILE:LINE: reason`; the command line exits with 78 (EX_CONFIG)."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(78, text)
 
 
 class Setting(NamedTuple):
@@ -187,14 +198,16 @@ LISTENER = (
     Setting("reuse_port", "bool", "no", "one SO_REUSEPORT socket for each process"),
 )
 LINE = re.compile(
-    r"""\s* (?: ([\w.]+) \s* = \s*+ (?: (["']) ((?: \\["'\\] | (?!\2)[^\\] )*) \2 | (?!["']) (.*?) )
+    r"""\s* (?: ([\w.]+) \s* = \s*+ ((["']) ((?: \\["'\\] | (?!\3)[^\\] )*) \3 | (?!["']) .*?)
             | (\w+) \s+ "?([\w.-]+)"? \s* \{
             | (\}) )? \s* (?: (?<!\S) \#.* )?""", re.VERBOSE
 )  # fmt: skip
 TIME = r"(\d{1,9})\s*(ms(?:ecs?)?|s(?:ecs?|econds?)?|m(?:ins?|inutes?)?|h(?:ours?)?|d(?:ays?)?)"
-SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+SIZE = r"(\d{1,9})\s*([kmgt]?)i?b?"
+SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 RANGES = {"count": range(1, 10**9), "number": range(10**9), "port": range(65536)}
 SWITCH = {"yes": True, "y": True, "no": False, "n": False}
+EXAMPLES = {"time": " such as '30 s'", "size": " such as '64 k'", "bool": ", yes or no"}
 
 
 def read(kind: str, text: str) -> Any:
@@ -203,11 +216,11 @@ def read(kind: str, text: str) -> Any:
     >>> read("time", "2 mins"), read("time", "200msecs"), read("size", "64 k"), read("bool", "No")
     (120.0, 0.2, 65536, False)
     """
-    if kind == "time" and (match := re.fullmatch(TIME, text.lower())):
-        return int(match[1]) * float(0.001 if match[2][:2] == "ms" else SECONDS[match[2][0]])
-    if kind == "time" and re.fullmatch("0+", text):
+    if kind == "time" and text == "0":
         return 0.0  # as in Dovecot, only zero may go without its unit
-    if kind == "size" and (match := re.fullmatch(r"(\d{1,9})\s*([kmgt]?)i?b?", text.lower())):
+    if kind == "time" and (match := re.fullmatch(TIME, text.lower())):
+        return int(match[1]) * (0.001 if match[2][:2] == "ms" else SECONDS[match[2][0]])
+    if kind == "size" and (match := re.fullmatch(SIZE, text.lower())):
         return int(match[1]) * 1024 ** " kmgt".index(match[2] or " ")
     if kind == "bool" and text.lower() in SWITCH:
         return SWITCH[text.lower()]
@@ -220,35 +233,56 @@ def read(kind: str, text: str) -> Any:
             return pwd.getpwnam(text).pw_name if kind == "user" else grp.getgrnam(text).gr_name
         if kind in ("string", "path", "user", "group"):
             return text
-    example = {"time": " such as '30 s'", "size": " such as '64 k'", "bool": ", yes or no"}
-    raise ValueError(f"{text!r} is not a {kind}{example.get(kind, '')}")
+    raise ValueError(f"{text!r} is not a {kind}{EXAMPLES.get(kind, '')}")
 
 
 class Section:
     """The settings of one block, read as attributes: the file's value, else the default."""
 
     def __init__(
-        self, name: str, table: tuple[Setting, ...], defaults: Sequence[str] = (), prefix: str = ""
+        self, title: str, table: tuple[Setting, ...], defaults: Sequence[str] = (), prefix: str = ""
     ) -> None:
-        self.name = name
         rows = [row._replace(default=text) for row, text in zip(table, defaults)]
         rows += table[len(defaults):]
+        self.title = title
         self.rows = {row.name.replace("@", prefix): row for row in rows}
         self.values = {row.name.strip("@"): read(row.kind, row.default) for row in rows}
-        self.texts: dict[str, str] = {}  # as written in the file, for `-n`
-        self.lines: dict[str, int] = collections.defaultdict(int)
+        self.lines: dict[str, int] = collections.defaultdict(int)  # where the file sets it
+        self.changed: dict[str, str] = {}  # what is not the default, as written in the file
+        self.sections: dict[str, Section] = {}
+        self.listener: Role | None = None  # whose inet_listeners it may hold
 
     def __getattr__(self, name: str) -> Any:
         if name == "values" or name not in self.values:
             raise AttributeError(name)
         return self.values[name]
 
-    def put(self, key: str, text: str, line: int) -> None:
+    def put(self, key: str, text: str, written: str, line: int) -> None:
         """Read one `key = value`; ValueError says what is wrong with it."""
         if key not in self.rows:
-            raise ValueError(f"unknown setting in {self.name}")
-        self.values[self.rows[key].name.strip("@")] = read(self.rows[key].kind, text)
-        self.texts[key], self.lines[key] = text, line
+            raise ValueError(f"unknown setting in {self.title}")
+        row = self.rows[key]
+        self.values[row.name.strip("@")] = value = read(row.kind, text)
+        self.lines[key], self.changed[key] = line, written
+        if value == read(row.kind, row.default):
+            del self.changed[key]
+
+    def open(self, kind: str, name: str) -> Section:
+        """The section inside this one; ValueError if there can be none."""
+        title = f"{kind} {name}"
+        if self.listener and kind == "inet_listener" and name not in self.sections:
+            self.sections[name] = Section(title, LISTENER, [str(self.listener.port)])
+        if name not in self.sections or self.sections[name].title != title:
+            raise ValueError(f"section '{title}' is unknown in {self.title}")
+        return self.sections[name]
+
+    def dump(self) -> list[str]:
+        """What differs from the defaults, as the parser reads it."""
+        lines = [f"{key} = {written}" for key, written in self.changed.items()]
+        for section in self.sections.values():
+            if inner := section.dump():
+                lines += [f"{section.title} {{", *(f"  {line}" for line in inner), "}"]
+        return lines
 
 
 class Config(Section):
@@ -256,17 +290,18 @@ class Config(Section):
 
     def __init__(self, program: Program, path: str = "") -> None:
         super().__init__("the file", (*SETTINGS, *program.settings), (), program.prefix)
-        self.program = program
-        self.path = path
+        self.program, self.path = program, path
         self.folder = os.path.dirname(os.path.abspath(path)) if path else os.getcwd()
-        self.services = {
-            role.name: Section(f"service {role.name}", LIMITS, role.limits)
-            for role in program.roles
-        }
-        self.listeners: dict[str, dict[str, Section]] = {name: {} for name in self.services}
-        if path:
-            with open(path, encoding="utf-8", errors="replace") as file:
-                self.parse(file.read().split("\n"))
+        for role in program.roles:
+            section = Section(f"service {role.name}", LIMITS, role.limits)
+            section.listener = role if role.listener else None
+            self.sections[role.name] = section
+        try:
+            if path:
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    self.parse(file.read().split("\n"))
+        except OSError as error:
+            self.fail(0, str(error.strerror))
         self.finish()
 
     def inbox(self, service: str) -> str:
@@ -283,46 +318,37 @@ class Config(Section):
                 match = LINE.fullmatch(line)
                 if not match:
                     raise ValueError("expected 'key = value', 'service NAME {', or '}'")
-                key, _, quoted, plain, kind, name, closing = match.groups()
+                key, written, _, quoted, kind, name, closing = match.groups()
                 if key:
-                    text = plain if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
-                    stack[-1].put(key, text, number)
+                    text = written if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
+                    stack[-1].put(key, text, written, number)
                 elif kind:
-                    stack.append(self.open_section(stack[-1], kind, name))
+                    stack.append(stack[-1].open(kind, name))
                 elif closing and stack.pop() is self:
                     raise ValueError("this '}' closes nothing")
             except ValueError as error:
                 self.fail(number, f"{key}: {error}" if match and key else str(error))
         if len(stack) > 1:
-            self.fail(len(lines), f"'}}' is missing: {stack[-1].name} is still open")
-
-    def open_section(self, outer: Section, kind: str, name: str) -> Section:
-        if kind == "service" and outer is self and name in self.services:
-            return self.services[name]
-        for role in self.program.roles:
-            if kind == "inet_listener" and outer is self.services[role.name] and role.listener:
-                section = Section(f"inet_listener {name}", LISTENER, [str(role.port)])
-                return self.listeners[role.name].setdefault(name, section)
-        raise ValueError(f"section '{kind} {name}' is unknown in {outer.name}")
+            self.fail(len(lines), f"'}}' is missing: {stack[-1].title} is still open")
 
     def finish(self) -> None:
         """Paths, which are relative to the file's own folder, and the checks of the whole."""
         for name in [row.name for row in self.rows.values() if row.kind == "path"]:
             if path := os.path.expanduser(self.values[name]):
                 self.values[name] = os.path.normpath(os.path.join(self.folder, path))
-        if max(len(os.fsencode(self.inbox(name + ".new"))) for name in self.services) > 107:
+        if max(len(os.fsencode(self.inbox(name + ".new"))) for name in self.sections) > 107:
             # sockaddr_un.sun_path, unix(7)
-            self.fail(self.lines.get("base_dir", 0), "base_dir: too long for a socket's name")
-        for role in self.program.roles:
-            service, listeners = self.services[role.name], self.listeners[role.name]
-            if role.listener and not listeners:
-                self.open_section(service, "inet_listener", role.listener)
-            if service.process_min_avail > service.process_limit:
+            self.fail(self.lines["base_dir"], "base_dir: too long for a socket's name")
+        for name, service in self.sections.items():
+            reserve, limit = service.process_min_avail, service.process_limit
+            if service.listener and not service.sections:
+                service.open("inet_listener", service.listener.listener)
+            if reserve > limit:
                 line = max(service.lines.values())
-                self.fail(line, f"{role.name}: process_min_avail is above process_limit")
-            for listener in listeners.values():
-                if listener.reuse_port and service.process_min_avail != service.process_limit:
-                    reason = f"reuse_port: {role.name} needs process_min_avail = process_limit"
+                self.fail(line, f"{name}: process_min_avail is above process_limit")
+            for listener in service.sections.values():
+                if listener.reuse_port and reserve != limit:
+                    reason = f"reuse_port: {name} needs process_min_avail = process_limit"
                     self.fail(listener.lines["reuse_port"], reason)
 
 
@@ -2076,12 +2102,9 @@ class Keeper(Service):
 
 BIND_TIME = 5.0  # seconds in which a predecessor may give up its port or its lock
 STOP_TIME = 5.0  # seconds for the farewells of a stop
+REPORT_TIME = 30.0  # seconds from its fork until a process must have reported
 THROTTLE = 2.0, 60.0  # seconds: the first delay and the longest
 INHERIT = "HIBERNATE_INHERIT"  # environment: what one generation leaves to the next
-
-
-class Unavailable(Exception):
-    """A port or the directory is in use: exit 69 (EX_UNAVAILABLE)."""
 
 
 @dataclass(eq=False)
@@ -2089,19 +2112,13 @@ class Child:
     """A process as the master knows it."""
 
     slot: int
-    generation: int
     room: int  # until its first report: what it will have
-    process: Any = None
-    pid: int = 0  # of its survivor, if it was a keeper
-    channel: Channel | None = None
+    process: Any
+    pid: int  # of its survivor, if it was a keeper
+    channel: Channel = field(init=False)
     clients: int = 0
     reported: bool = False
     covers: str = ""  # what it was told last, see Master.cover()
-
-    def tell(self, word: str, fd: int = -1) -> None:
-        with contextlib.suppress(OSError):  # a dead or stopped one
-            if self.channel:
-                self.channel.send(word.encode(), fd)
 
 
 @dataclass(eq=False)
@@ -2114,8 +2131,8 @@ class Pool:
     listeners: list[list[socket.socket]]
     children: list[Child] = field(default_factory=list)
     delay: float = 0.0  # seconds, of the last throttle
-    resting: Timer | None = None  # throttled, or all are full: until the master looks again
-    full_since: float = 0.0  # 0: not all are full
+    rests_until: float = 0.0  # throttled, or all are full: neither fork nor listen until then
+    full: int = 0  # for how many seconds connections have found all full
     idle_low: int = 0  # fewest idle processes seen in this idle_kill interval
 
     def idle(self) -> list[Child]:
@@ -2123,7 +2140,13 @@ class Pool:
 
     def tell(self, word: str, fd: int = -1) -> None:
         for child in self.children:
-            child.tell(word, fd)
+            tell(child.channel, word, fd)
+
+
+def tell(channel: Channel, word: str, fd: int = -1) -> None:
+    """Say it, unless the other end is gone or stopped."""
+    with contextlib.suppress(OSError):
+        channel.send(word.encode(), fd)
 
 
 class Master:
@@ -2133,15 +2156,15 @@ class Master:
         """`ready` is called once, when all listen and every reserve has reported."""
         self.config = config
         self.ready = ready
-        inherited = json.loads(os.environ.pop(INHERIT, "[-1, 0, [], {}]"))
-        self.lock: int = inherited[0]
-        self.generation: int = inherited[1]
-        self.old_pids: set[int] = set(inherited[2])
-        self.groups = {key: [socket.socket(fileno=fd) for fd in fds]
-                       for key, fds in inherited[3].items()}  # all listeners, see open_group()
+        inherited: list[Any] = json.loads(os.environ.pop(INHERIT, "[-1, 0, [], {}]"))
+        self.lock, self.generation, old_pids, listeners = inherited
+        self.old_pids: set[int] = set(old_pids)
+        self.groups: dict[str, list[socket.socket]] = {  # all listeners, see open_group()
+            key: [socket.socket(fileno=fd) for fd in fds] for key, fds in listeners.items()
+        }
         self.loop = Loop()
         self.pools: list[Pool] = []
-        users = {service.user for service in config.services.values()} - {""}
+        users = {service.user for service in config.sections.values()} - {""}
         self.peers = {os.getuid(), *(pwd.getpwnam(user).pw_uid for user in users)}
         self.stopping = False
         self.check: tuple[subprocess.Popen[bytes], Channel | None] | None = None
@@ -2151,14 +2174,15 @@ class Master:
 
     def run(self) -> None:
         self.prepare_directory()
-        groups = self.open_listeners(self.config, BIND_TIME)  # all of them before a fork
+        # All of them before any fork: a process inherits its service's whole group.
+        groups = self.open_listeners(self.config, BIND_TIME)
         wanted = [id(group) for group in itertools.chain(*groups.values())]
         for key, group in list(self.groups.items()):
             if id(group) not in wanted:  # gone from the configuration
                 for sock in self.groups.pop(key):
                     sock.close()
         for role in self.config.program.roles:
-            settings, inbox = self.config.services[role.name], self.open_inbox(role.name)
+            settings, inbox = self.config.sections[role.name], self.open_inbox(role.name)
             self.pools.append(Pool(role, settings, inbox, groups[role.name]))
         self.control = self.open_inbox("master")
         self.loop.watch(self.control.fileno(), READ, self.accept_control)
@@ -2198,10 +2222,9 @@ class Master:
         """{service: groups} of `config`: what is open already, and what has to be bound."""
         return {
             service: [
-                self.open_group(f"{service}/{name}", listener, patience,
-                                config.services[service].process_limit)
-                for name, listener in listeners.items()
-            ] for service, listeners in config.listeners.items()
+                self.open_group(f"{service}/{name}", listener, patience, settings.process_limit)
+                for name, listener in settings.sections.items()
+            ] for service, settings in config.sections.items()
         }  # fmt: skip
 
     def open_group(
@@ -2243,14 +2266,13 @@ class Master:
         missing = pool.settings.process_min_avail - sum(c.room > 0 for c in pool.children)
         free = pool.settings.process_limit - len(pool.children)
         for _ in range(min(missing, free)):
-            if not self.stopping and not pool.resting:
+            if not self.rests(pool):
                 self.spawn(pool)
         full = not any(child.room > 0 for child in pool.children)
-        listens = full and not self.stopping and not pool.resting
-        pool.full_since = pool.full_since if full else 0.0
-        shared = [group[0] for group in pool.listeners if len(group) == 1]
-        for sock in (pool.inbox, *shared):
-            self.loop.watch(sock.fileno(), READ * listens, lambda *_: self.called(pool))
+        pool.full *= full
+        events = READ if full and not self.rests(pool) else 0
+        for sock in (pool.inbox, *(group[0] for group in pool.listeners if len(group) == 1)):
+            self.loop.watch(sock.fileno(), events, lambda *_: self.called(pool))
         pool.idle_low = min(pool.idle_low, len(pool.idle()))
         self.cover(pool)
 
@@ -2259,24 +2281,20 @@ class Master:
         if len(pool.children) < pool.settings.process_limit:
             self.spawn(pool)
         else:
-            if not pool.full_since:
-                pool.full_since = time.monotonic()
+            if not pool.full:
                 text = "service %s: all are full, process_limit (%d) is reached: connections wait"
                 log.warning(text, pool.role.name, pool.settings.process_limit)
-            pool.tell(f"full {time.monotonic() - pool.full_since:.0f}")
+            pool.tell(f"full {pool.full}")
+            pool.full += 1
             self.rest(pool, 1.0)
         self.balance(pool)
 
     def rest(self, pool: Pool, seconds: float) -> None:
-        """Neither fork nor listen for it until then."""
+        pool.rests_until = time.monotonic() + seconds
+        self.loop.later(seconds, lambda: self.balance(pool))
 
-        def over() -> None:
-            pool.resting = None
-            self.balance(pool)
-
-        if pool.resting:
-            pool.resting.cancel()
-        pool.resting = self.loop.later(seconds, over)
+    def rests(self, pool: Pool) -> bool:
+        return self.stopping or time.monotonic() < pool.rests_until
 
     def throttle(self, pool: Pool) -> None:
         """A process has died before it reported: no new one for a while."""
@@ -2293,17 +2311,16 @@ class Master:
         for child in pool.children:
             if child.covers != words and any(len(group) > 1 for group in pool.listeners):
                 child.covers = words
-                child.tell(words)
+                tell(child.channel, words)
 
     def spawn(self, pool: Pool) -> None:
         slot = min({*range(len(pool.children) + 1)} - {child.slot for child in pool.children})
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.generation += 1
-        child = Child(slot, self.generation, pool.settings.client_limit)
-        main = partial(self.child_main, pool, child, ours, theirs)
-        child.process = self.context.Process(target=main, name=pool.role.name)
+        main = partial(self.child_main, pool, slot, ours, theirs)
+        process = self.context.Process(target=main, name=pool.role.name)
         try:
-            child.process.start()
+            process.start()
         except OSError as error:
             log.error("service %s: fork: %s", pool.role.name, error.strerror)
             ours.close()
@@ -2311,13 +2328,17 @@ class Master:
             return
         finally:
             theirs.close()
-        child.pid = child.process.pid
-        pool.children.append(child)
+        child = Child(slot, pool.settings.client_limit, process, process.pid or 0)
         child.channel = Channel(self.loop, ours, partial(self.heard, pool, child))
+        pool.children.append(child)
+        self.loop.later(REPORT_TIME, lambda: self.overdue(pool, child))
 
-    def child_main(
-        self, pool: Pool, child: Child, ours: socket.socket, theirs: socket.socket
-    ) -> None:
+    def overdue(self, pool: Pool, child: Child) -> None:
+        if child in pool.children and not child.reported:
+            log.error("service %s: process %d has not reported", pool.role.name, child.pid)
+            child.process.kill()
+
+    def child_main(self, pool: Pool, slot: int, ours: socket.socket, theirs: socket.socket) -> None:
         """The new process: put in order what the fork has copied, then be a service."""
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_IGN)  # a Ctrl-C reaches the whole process group
@@ -2328,28 +2349,25 @@ class Master:
         os.close(self.lock)
         for other in self.pools:
             for sibling in other.children:
-                if sibling.channel:
-                    sibling.channel.sock.close()
+                sibling.channel.sock.close()
             if other is not pool:
                 for sock in (other.inbox, *itertools.chain(*other.listeners)):
                     sock.close()
         kind = Keeper if pool.role.wakes else Service
-        kind(self, pool, child.slot, child.generation).run(theirs)
+        kind(self, pool, slot, self.generation).run(theirs)
 
     def heard(self, pool: Pool, child: Child, message: bytes, fds: list[int]) -> None:
         close_all(fds)
         if not message:
             self.bury(pool, child)
             return
-        generation, room, clients, pid = checked(message.decode(), (int, int, int, int))
-        if generation != child.generation:
-            return
+        _, room, clients, pid = checked(message.decode(), (int, int, int, int))
         pool.delay = 0.0
         if pid != child.pid:  # a keeper's survivor: it knows nothing of earlier words
             child.pid = pid
             self.old_pids.add(pid)
             if self.stopping:
-                child.tell("stop")
+                tell(child.channel, "stop")
         child.reported, child.room, child.clients = True, room, clients
         self.balance(pool)
         if self.ready and all(
@@ -2369,7 +2387,7 @@ class Master:
         if self.check and self.check[0].poll() is not None:
             self.checked(*self.check)
         if self.stopping and not self.old_pids and not any(pool.children for pool in self.pools):
-            for name in (*self.config.services, "master"):
+            for name in (*self.config.sections, "master"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.config.inbox(name))
             self.loop.running = False
@@ -2390,7 +2408,7 @@ class Master:
         """Every idle_kill seconds: as many as were idle all the time, above the reserve, end."""
         surplus = max(0, pool.idle_low - pool.settings.process_min_avail)
         for child in pool.idle()[:surplus]:
-            child.tell("end-if-idle")
+            tell(child.channel, "end-if-idle")
         pool.idle_low = len(pool.idle())
         self.loop.later(pool.settings.idle_kill or 60.0, lambda: self.end_idle(pool))
 
@@ -2413,9 +2431,8 @@ class Master:
             self.reload(channel)
         else:
             for pool in self.pools if name in ("who", "status", "kick") else ():
-                if name == "status":
-                    row = {"service": pool.role.name, "delay": pool.delay}
-                    channel.send(compact(row).encode() + b"\n")
+                if name == "status" and pool.delay:
+                    tell(channel, compact({"service": pool.role.name, "delay": pool.delay}) + "\n")
                 pool.tell(line, channel.sock.fileno())
             channel.close()
 
@@ -2459,7 +2476,7 @@ class Master:
         if times == 3:
             self.stop()
         else:
-            self.loop.later(1.0, partial(self.see_empty, 0 if busy else times + 1))
+            self.loop.later(1.0, lambda: self.see_empty(0 if busy else times + 1))
 
     def reload(self, channel: Channel | None = None) -> None:
         """A new process checks file and code first; checked() goes on."""
@@ -2479,8 +2496,7 @@ class Master:
             text = self.open_added_listeners()
         word = f"refused: {text}" if text else "reloading"
         if channel:
-            with contextlib.suppress(OSError):
-                channel.send(word.encode())
+            tell(channel, word)
             channel.close()
         log.log(logging.ERROR if text else logging.INFO, word)
         if not text:
@@ -2491,7 +2507,7 @@ class Master:
         had = {key: len(group) for key, group in self.groups.items()}
         try:
             self.open_listeners(Config(self.config.program, self.config.path), 0.0)
-        except (ConfigError, OSError, Unavailable) as error:
+        except (Failure, OSError) as error:
             for key, group in self.groups.items():
                 for sock in group[had.get(key, 0) :]:
                     sock.close()
@@ -2512,18 +2528,17 @@ class Master:
 
 
 def persist(attempt: Callable[[], Any], what: str, patience: float = BIND_TIME) -> Any:
-    """Try for some seconds, which only a master that serves nobody yet has; then Unavailable."""
+    """Try for some seconds, which only a master that serves nobody yet has; then Failure."""
     end = time.monotonic() + patience
     while True:
         try:
             return attempt()
-        except PermissionError as error:
-            raise PermissionError(error.errno, error.strerror, what) from None
         except OSError as error:
-            if error.errno not in (errno.EADDRINUSE, errno.EAGAIN):
-                raise Unavailable(f"{what}: {error.strerror}") from None
-        if time.monotonic() > end:
-            raise Unavailable(f"{what} is in use")
+            in_use = error.errno in (errno.EADDRINUSE, errno.EAGAIN)
+            if not in_use or time.monotonic() > end:
+                status = 77 if isinstance(error, PermissionError) else 69
+                reason = "is in use" if in_use else error.strerror
+                raise Failure(status, f"{what}: {reason}") from None
         time.sleep(0.05)
 
 
@@ -4843,14 +4858,9 @@ def home_of(config: Config, user: str) -> str:
     return os.path.normpath(os.path.join(config.folder, path.removeprefix("maildir:")))
 
 
-def complain(status: int, reason: object) -> int:
-    print(reason, file=sys.stderr)
-    return status
-
-
 class Arguments(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        sys.exit(complain(64, f"{self.prog}: {message}\n{self.format_usage()}".rstrip()))
+        raise Failure(64, f"{self.prog}: {message}\n{self.format_usage()}".rstrip())
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -4877,68 +4887,36 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit status of sysexits(3)."""
-    options = parse_arguments(arguments)
     try:
-        if options.command == "passwd":
-            return make_password(options.operand or "SSHA512")
-        config = load_config(options.file)
-        if options.dump:
-            print(f"# {__version__}: {config.path or 'no configuration'}", *dump(config), sep="\n")
-        elif options.check:
-            pass
-        elif options.command == "run":
-            serve(config)
-        elif options.command == "deliver":
-            return deliver_message(config, options.operand)
-        else:
-            return control(config, options)
+        perform(parse_arguments(arguments))
         return 0
-    except ConfigError as error:
-        return complain(78, error)
-    except PermissionError as error:
-        return complain(77, f"{error.filename}: {error.strerror}")
-    except (Unavailable, FileNotFoundError) as error:
-        return complain(69, error)
+    except Failure as error:
+        status, reason = error.status, str(error)
+    except (PermissionError, FileNotFoundError) as error:
+        status = 77 if isinstance(error, PermissionError) else 69
+        reason = f"{error.filename}: {error.strerror}"
+    print(reason, file=sys.stderr)
+    return status
 
 
-def load_config(file: str | None) -> Config:
-    if file is None and os.path.exists("hibernate.conf"):
-        file = "hibernate.conf"
-    try:
-        config = Config(PROGRAM, file or "")
-    except OSError as error:
-        raise ConfigError(f"{file}:0: {error.strerror}") from None
+def perform(options: argparse.Namespace) -> None:
+    if options.command == "passwd":
+        return make_password(options.operand or "SSHA512")
+    if options.file is None and os.path.exists("hibernate.conf"):
+        options.file = "hibernate.conf"
+    config = Config(PROGRAM, options.file or "")
     if not config.mail_location.startswith("maildir:"):
         config.fail(config.lines["mail_location"], "mail_location: only maildir:PATH is known")
-    return config
-
-
-def dump(config: Config) -> list[str]:
-    """What differs from the defaults, as the parser reads it."""
-    lines = changed(config)
-    for name, service in config.services.items():
-        inner = [block(section, []) for section in config.listeners[name].values()]
-        lines += block(service, [*itertools.chain(*inner)])
-    return lines
-
-
-def block(section: Section, inner: list[str]) -> list[str]:
-    lines = [f"  {line}" for line in changed(section) + inner]
-    return [f"{section.name} {{", *lines, "}"] if lines else []
-
-
-def changed(section: Section) -> list[str]:
-    rows = [(section.rows[key], key, text) for key, text in section.texts.items()]
-    return [
-        f"{key} = {written(text)}" for row, key, text in rows
-        if read(row.kind, text) != read(row.kind, row.default)
-    ]  # fmt: skip
-
-
-def written(text: str) -> str:
-    if re.fullmatch(r"[\w./:%@+=-]+( \w+)*", text):
-        return text
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if options.dump:
+        print(f"# {__version__}: {config.path or 'no configuration'}", *config.dump(), sep="\n")
+    elif options.check:
+        pass
+    elif options.command == "run":
+        serve(config)
+    elif options.command == "deliver":
+        deliver_message(config, options.operand)
+    else:
+        control(config, options)
 
 
 def serve(config: Config) -> None:
@@ -4946,7 +4924,10 @@ def serve(config: Config) -> None:
     if len(" ".join(sys.orig_argv)) < 80 and os.path.exists("/proc/self/stat"):
         os.execv(sys.executable, [*sys.orig_argv, "--title-room=" + "." * 80])
     os.umask(0o077)
-    open_log(config.log_path)
+    handler = WatchedFileHandler(config.log_path) if config.log_path else logging.StreamHandler()
+    layout = "%(asctime)s %(processName)s[%(process)d] %(levelname)s %(message)s"
+    logging.basicConfig(handlers=[handler], format=layout, level=logging.INFO)
+    multiprocessing.current_process().name = "master"
     first = INHERIT not in os.environ
     lines = [] if config.path or not first else make_demo(config)
     if not config.path:
@@ -4954,22 +4935,12 @@ def serve(config: Config) -> None:
 
     def ready(master: Master) -> None:
         for pool in master.pools:
-            for name, group in zip(config.listeners[pool.role.name], pool.listeners):
+            for name, group in zip(pool.settings.sections, pool.listeners):
                 host, port = group[0].getsockname()[:2]
                 print(f"listening {name} {f'[{host}]' if ':' in host else host}:{port}")
         print(*lines, "ready", sep="\n", flush=True)
 
     Master(config, ready if first else None).run()
-
-
-def open_log(path: str) -> None:
-    handler = WatchedFileHandler(path) if path else logging.StreamHandler()
-    layout = "%(asctime)s %(processName)s[%(process)d] %(levelname)s %(message)s"
-    handler.setFormatter(logging.Formatter(layout))
-    multiprocessing.current_process().name = "master"
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
 
 
 def make_demo(config: Config) -> list[str]:
@@ -4985,69 +4956,70 @@ def make_demo(config: Config) -> list[str]:
     return ["user: demo", f"password: {password}"]
 
 
-def make_password(scheme: str) -> int:
+def make_password(scheme: str) -> None:
     password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
     try:
         print(encode_password(scheme, password))
     except ValueError as error:
-        return complain(64, error)
-    return 0
+        raise Failure(64, error) from None
 
 
-def deliver_message(config: Config, user: str) -> int:
+def deliver_message(config: Config, user: str) -> None:
     os.umask(0o077)
     try:
         deliver(home_of(config, user), sys.stdin.buffer)
     except ValueError as error:
-        return complain(64, error)
-    except OSError as error:
-        return complain(77 if isinstance(error, PermissionError) else 75, f"deliver: {error}")
-    return 0
+        raise Failure(64, error) from None
+    except OSError as error:  # 75, EX_TEMPFAIL: a mail server keeps the message and tries again
+        status = 77 if isinstance(error, PermissionError) else 75
+        raise Failure(status, f"deliver: {error}") from None
 
 
-def control(config: Config, options: argparse.Namespace) -> int:
+def control(config: Config, options: argparse.Namespace) -> None:
     """Send one command to the master, print what comes back until the connection's end."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sock.settimeout(10)
     try:
         sock.connect(config.inbox("master"))
     except (FileNotFoundError, ConnectionRefusedError):
-        return complain(75, f"hibernate is not running in {config.base_dir}")
+        raise Failure(75, f"hibernate is not running in {config.base_dir}") from None
     sock.send(f"{options.command} {options.operand}".strip().encode())
     text = b""
     with contextlib.suppress(TimeoutError):
         while data := sock.recv(1 << 20):
             text += data
     if options.command in ("reload", "stop"):
+        if text.startswith(b"refused"):
+            raise Failure(78, text.decode())
         print(text.decode(), end="\n" if text else "")
-        return 78 if text.startswith(b"refused") else 0
-    rows = [json.loads(line) for line in text.splitlines()]
+        return
+    rows: dict[object, dict[str, Any]] = {}
+    for line in text.splitlines():
+        row = json.loads(line)
+        rows.setdefault(row.get("session", line), row)  # moving, it may have been told twice
     if options.json:
-        print(*map(json.dumps, rows), sep="\n", end="\n" if rows else "")
+        for row in rows.values():
+            print(json.dumps(row))
     elif options.command == "kick":
-        print(f"{sum(row['kicked'] for row in rows)} sessions ended")
+        print(f"{sum(row['kicked'] for row in rows.values())} sessions ended")
     else:
-        print_table([row for row in rows if "user" in row or "clients" in row])
-        for row in rows:
-            counts = row.get("counts", {}) | row.get("refusals", {})
-            if counts:
-                told = ", ".join(f"{count} {what}" for what, count in counts.items())
-                print(f"{row['service']}[{row['pid']}]: {told}")
-            elif row.get("delay"):
-                print(f"{row['service']}: throttled, no new process for {row['delay']:.0f} s")
-    return 0
+        print_table(list(rows.values()))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    names = ("user", "service", "pid", "remote", "since", "session", "clients", "room")
-    table = [[name for name in names if name in row] for row in rows[:1]]
-    for row in rows:
-        if "since" in row:
-            row["since"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["since"]))
-        table.append([str(row[name]) or "-" for name in table[0]])
+    names = list(dict.fromkeys(itertools.chain(*rows)))
+    table = [names, *([shown(name, row.get(name)) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table)]
-    for cells in table:
+    for cells in table if rows else ():
         print("  ".join(map(str.ljust, cells, widths)).rstrip())
+
+
+def shown(name: str, value: Any) -> str:
+    if name == "since" and value:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+    if isinstance(value, dict):
+        value = ", ".join(f"{count} {what}" for what, count in value.items())
+    return "-" if value in (None, "") else str(value)
 
 
 if __name__ == "__main__":
