@@ -625,6 +625,8 @@ class Record(NamedTuple):
         version, *row = checked(message.decode(), (int, str, int, int, str, str, str, str))
         if version != RECORD_VERSION or len(message) >= RECORD_LIMIT:
             raise ValueError(f"version {version}, {len(message)} bytes")
+        if not all(0 <= count < 2**63 for count in row[1:3]):
+            raise ValueError("counters")  # a slot has 64 bits for each
         return cls(*row)
 
 
@@ -687,6 +689,8 @@ class Mover:
         self.target.pop(fd, None)
         if channel := self.channels.pop(fd, None):
             channel.close()
+            if self.queue:  # there is a place for the next one
+                self.loop.later(0, self.pump)
 
     def pump(self) -> None:
         while self.queue and len(self.channels) < IN_FLIGHT and time.monotonic() >= self.resume_at:
@@ -910,7 +914,7 @@ class Watcher:
     def stir(self, number: int) -> None:
         known = self.sessions.get(number, array("i"))
         for fd in [known] if isinstance(known, int) else list(known):
-            self.stirred(fd)
+            self.loop.guarded(fd, self.stirred, fd)
 
     def poll(self) -> None:
         for number, (path, before) in list(self.polled.items()):
@@ -978,7 +982,9 @@ class Client:
         self.stay()
         if mask & READ:
             try:
-                data = self.sock.recv(64 * 1024)
+                # No more than the limit: a log-in carries it along in its record.
+                free = self.session.input_limit - len(self.session.buffer)
+                data = self.sock.recv(max(free, 1))
             except BlockingIOError:
                 return
             except OSError as error:
@@ -994,14 +1000,18 @@ class Client:
         for _ in range(BURST):
             if self.phase is not Phase.RUNNING or len(self.output) >= OUTPUT_HIGH:
                 break
-            if self.reply is None and not self.session.ended:
-                self.reply = self.session.step()
-            if self.reply is None:
-                break
             try:
+                if self.reply is None and not self.session.ended:
+                    self.reply = self.session.step()
+                if self.reply is None:
+                    break
                 item = self.reply.send(value)
             except StopIteration:
                 self.reply = None
+            except Exception:  # here, or it would cost who called: inotify, or the master's channel
+                log.exception("a session failed; it ends")
+                self.close("Internal error", farewell=True)
+                return
             else:
                 self.perform(item)
             value = None
@@ -1099,7 +1109,8 @@ class Client:
         if self.phase is not Phase.RUNNING or self.reply or self.output:
             due = now + 1.0
         elif not session.user:
-            due = self.rested + config.login_timeout
+            limit = SPEAK_TIME if self.service.role.requests else config.login_timeout
+            due = self.rested + limit
             if due <= now:
                 return self.close("log-in took too long", farewell=True)
         elif self.service.role.keeper and config.hibernate_timeout and session.movable():
@@ -1479,7 +1490,8 @@ class Service:
 
     def states(self) -> Iterator[tuple[int, State]]:
         for fd, client in list(self.clients.items()):
-            yield fd, client.state()
+            if client.phase is not Phase.CLOSED:  # by what was done with one before it
+                yield fd, client.state()
 
     def stirred(self, fd: int) -> None:
         self.clients[fd].stir()
@@ -1533,7 +1545,8 @@ class Service:
         """All have been full for long: a clear good-bye to those who wait."""
         for _, sock in self.sockets():
             while self.room() <= 0 and (newcomer := self.accept(sock.fileno())):
-                newcomer.send(self.role.session.farewell("Too many connections"))
+                with contextlib.suppress(OSError):  # it may have left
+                    newcomer.send(self.role.session.farewell("Too many connections"))
                 end_socket(newcomer)
 
     def close_listeners(self) -> None:
@@ -1707,14 +1720,17 @@ class Keeper(Service):
         SLOT.pack_into(self.memory, at, state, len(tag), len(tail), beat, *watches, *rest)
 
     def fits(self, tag: str, tail: str) -> bool:
-        return SLOT.size + len(tag) + len(tail) <= SLOT_SIZE and (tag + tail).isascii()
+        fit = len(tag) < 256 and SLOT.size + len(tag) + len(tail) <= SLOT_SIZE
+        return fit and (tag + tail).isascii()
 
     # Arriving
 
     def hold(self, record: Record, state: State, fd: int, channel: Channel) -> Any:
-        tail = compact([record.state, record.seal])
-        if self.room() < 0 or fd >= self.slots:
+        tail, number = compact([record.state, record.seal]), channel.sock.fileno()
+        if self.room() < 0 or max(fd, number) >= self.slots:
             raise ValueError("full")
+        with borrowed(fd, -1) as sock:
+            identity(sock)  # OSError: no socket, or its client has gone
         if record.pending or record.answer or not self.fits(record.tag, tail):
             raise ValueError("more than a sleeper can have")
         wait = seconds_to_beat(self.period, state.remote, state.user)
@@ -1724,7 +1740,6 @@ class Keeper(Service):
         sleeper = self.listen(fd, Sleeper(HELD, record.tag, tail, beat, (0, 0), now, *counts))
         if not sleeper:
             raise ValueError("changed")
-        number = channel.sock.fileno()
         self.store(fd, sleeper._replace(state=OFFERED))
         self.store(number, Sleeper(CHANNEL, tail=str(fd)))
         self.copy(fd, number)
@@ -1944,7 +1959,12 @@ class Keeper(Service):
     def spawn_twin(self) -> None:
         if not self.config.hibernate_twin or self.draining or self.twin:
             return
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            log.error("no twin: %s", error.strerror)
+            self.loop.later(THROTTLE[0], self.spawn_twin)
+            return
         context = multiprocessing.get_context("fork")
         process = context.Process(target=self.guard, args=(ours, theirs), name=self.role.name)
         try:
@@ -1971,6 +1991,7 @@ class Keeper(Service):
             channel.close()
 
     def drain(self) -> None:
+        self.draining = True  # first: a twin forked from here on would not be told
         self.tell_twin(b"drain")
         super().drain()
 
@@ -2361,13 +2382,20 @@ class Master:
         if not message:
             self.bury(pool, child)
             return
-        _, room, clients, pid = checked(message.decode(), (int, int, int, int))
+        try:
+            _, room, clients, pid = checked(message.decode(), (int, int, int, int))
+        except ValueError:  # it may have been taken over; its end comes next
+            log.error("service %s: nonsense from process %d", pool.role.name, child.pid)
+            self.kill({child.pid}, signal.SIGKILL)
+            return
         pool.delay = 0.0
-        if pid != child.pid:  # a keeper's survivor: it knows nothing of earlier words
-            child.pid = pid
-            self.old_pids.add(pid)
-            if self.stopping:
-                tell(child.channel, "stop")
+        if pid != child.pid and pool.role.wakes:  # a survivor: it knows nothing of earlier words
+            with contextlib.suppress(OSError, OverflowError):  # not a child of ours: a lie
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                child.pid = pid
+                self.old_pids.add(pid)
+                if self.stopping:
+                    tell(child.channel, "stop")
         child.reported, child.room, child.clients = True, room, clients
         self.balance(pool)
         if self.ready and all(

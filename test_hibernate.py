@@ -1636,7 +1636,7 @@ def test_a_reload_brings_listeners_in_and_out_and_refuses_a_port_in_use():
             more = f"inet_listener more {{\n port = {port}\n }}\n {opening}"
             server.configuration.write_text(base.replace(opening, more))
             refused = server.run("reload")
-            assert refused.returncode == 78 and str(port).encode() in refused.stdout, refused
+            assert refused.returncode == 78 and str(port).encode() in refused.stderr, refused
             client.cmd("NOOP")
             assert Imap(server).greeting.startswith("* OK")
         assert server.run("reload").returncode == 0
