@@ -4773,11 +4773,19 @@ class ImapSession(CommandSession):
         if any(item.kind == b"MODSEQ" for item in items):
             yield from self.use_condstore()
         see = not view.readonly and any(item.seen for item in items)
-        for message in self.walk(view, uids, see):
+        chunk = b""  # small answers travel together, but none waits for long
+        for count, message in enumerate(self.walk(view, uids, see), 1):
             with contextlib.suppress(Vanished):
-                for part in self.fetched(message, items) if message.row.modseq > since else [b""]:
-                    yield from pieces(part)
+                for part in self.fetched(message, items) if message.row.modseq > since else ():
+                    chunk += part
+                    if len(chunk) > 16384:
+                        yield from pieces(chunk)
+                        chunk = b""
                 there += 1
+            if count % 100 == 0:  # the worker's other sessions have a turn
+                yield chunk
+                chunk = b""
+        yield chunk
         return "[EXPUNGEISSUED]" if there < len(uids) else ""
 
     def fetched(self, message: Candidate, items: list[Item]) -> Iterator[bytes]:
