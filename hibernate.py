@@ -842,19 +842,18 @@ def seconds_to_beat(interval: float, remote: str, user: str) -> float:
 
 class Watcher:
     """Tells whose directories have changed: one inotify(7) instance a process, one watch a
-    directory however many sessions share it. Without inotify, or with no watches left, the
-    directory's time is looked at every POLL seconds instead."""
+    directory however many sessions share it. Whom inotify fails, because there is none or no
+    watch is left, is stirred every POLL seconds: who is stirred looks at the times anyway."""
 
     MASK = 0x4 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800  # ATTRIB … MOVE_SELF, not MODIFY
     OVERFLOW = 0x4000
     POLL = 3.0
+    POLLED = -1  # stands for a watch's number
 
     def __init__(self, loop: Loop, stirred: Callable[[int], None]) -> None:
-        self.loop = loop
-        self.stirred = stirred
+        self.loop, self.stirred = loop, stirred
         self.sessions: dict[int, int | array[int]] = {}  # sets would take 216 or 728 bytes each
-        self.polled: dict[int, tuple[str, int]] = {}  # numbers below -1: (path, its time)
-        self.warned = False
+        self.polling = self.warned = False
         self.libc = ctypes.CDLL(None, use_errno=True)
         self.fd = -1
         with contextlib.suppress(AttributeError):
@@ -868,25 +867,17 @@ class Watcher:
         if number >= 0:
             number = self.libc.inotify_add_watch(self.fd, os.fsencode(path), self.MASK)
         if number < 0:
-            number = self.poll_for(path)
+            number = self.POLLED
+            if not self.warned:
+                log.warning("inotify: %s; looking at times", os.strerror(ctypes.get_errno()))
+            if not self.polling:
+                self.loop.later(self.POLL, self.poll)
+            self.warned = self.polling = True
         known = self.sessions.setdefault(number, fd)
         if isinstance(known, array) and fd not in known:
             known.append(fd)
         elif isinstance(known, int) and known != fd:
             self.sessions[number] = array("i", (known, fd))
-        return number
-
-    def poll_for(self, path: str) -> int:
-        if not self.warned:
-            self.warned = True
-            log.warning("inotify: %s; looking at times", os.strerror(ctypes.get_errno()))
-        if not self.polled:
-            self.loop.later(self.POLL, self.poll)
-        for number, (known, _) in self.polled.items():
-            if known == path:
-                return number
-        number = min(self.polled, default=-1) - 1
-        self.polled[number] = path, directory_time(path)
         return number
 
     def drop(self, number: int, fd: int) -> None:
@@ -896,13 +887,10 @@ class Watcher:
                 known.remove(fd)
         elif known in (fd, array("i", [fd])):
             del self.sessions[number]
-            if self.polled.pop(number, None) is None:
-                self.libc.inotify_rm_watch(self.fd, number)
+            self.libc.inotify_rm_watch(self.fd, number)
 
     def readable(self, fd: int, mask: int) -> None:
-        data = os.read(fd, 64 * 1024)
-        numbers = set()
-        at = 0
+        data, at, numbers = os.read(fd, 64 * 1024), 0, set()
         while at < len(data):
             number, kind, _, length = struct.unpack_from("iIII", data, at)
             at += 16 + length
@@ -912,18 +900,16 @@ class Watcher:
         for number in numbers:
             self.stir(number)
 
+    def poll(self) -> None:
+        self.polling = self.POLLED in self.sessions
+        if self.polling:
+            self.loop.later(self.POLL, self.poll)
+            self.stir(self.POLLED)
+
     def stir(self, number: int) -> None:
         known = self.sessions.get(number, array("i"))
         for fd in [known] if isinstance(known, int) else list(known):
             self.loop.guarded(fd, self.stirred, fd)
-
-    def poll(self) -> None:
-        for number, (path, before) in list(self.polled.items()):
-            self.polled[number] = path, directory_time(path)
-            if self.polled[number][1] != before:
-                self.stir(number)
-        if self.polled:
-            self.loop.later(self.POLL, self.poll)
 
 
 def directory_time(path: str) -> int:
@@ -963,9 +949,8 @@ class Client:
     phase: Phase = Phase.RUNNING
     eof: bool = False
     rested: float = field(default_factory=time.monotonic)  # at rest (before log-in: here) since
-    beat: float = 0.0  # when the next keepalive is due; 0: none
-    timer: Timer | None = None  # what comes next at rest: see clock()
-    turn: Timer | None = None  # the others first, or a Pause; then go on
+    timer: Timer | None = None  # see clock()
+    beat: Timer | None = None  # the next keepalive
     move: Move | None = None
     watches: list[int] = field(default_factory=list)
     loop: Loop = field(init=False)
@@ -997,28 +982,28 @@ class Client:
         self.pump()
 
     def pump(self, value: Any = None) -> None:
-        """Run the session until it waits: for its client, the network or another process."""
+        """Run the session until it waits for its client, the network or another process, or
+        until it is the others' turn."""
+        if self.session.user:
+            self.rested = time.monotonic()
+        dry = False
         for _ in range(BURST):
-            if self.phase is not Phase.RUNNING or len(self.output) >= OUTPUT_HIGH:
+            if dry or self.phase is not Phase.RUNNING or len(self.output) >= OUTPUT_HIGH:
                 break
             try:
                 if self.reply is None and not self.session.ended:
                     self.reply = self.session.step()
-                if self.reply is None:
-                    break
-                item = self.reply.send(value)
+                if self.reply:
+                    self.perform(self.reply.send(value))
+                dry = not self.reply
             except StopIteration:
                 self.reply = None
             except Exception:  # here, or it would cost who called: inotify, or the master's channel
                 log.exception("a session failed; it ends")
                 self.close("Internal error", farewell=True)
                 return
-            else:
-                self.perform(item)
             value = None
-        else:
-            self.turn = self.turn or self.loop.later(0, self.go_on, self.fd)
-        self.settle()
+        self.settle(dry)
 
     def perform(self, item: bytes | Ask | Pause | Move) -> None:
         if isinstance(item, bytes):
@@ -1028,14 +1013,13 @@ class Client:
         if isinstance(item, Ask):
             self.service.mover.give(self.fd, item.service, MOVE_TIME, item.message)
         elif isinstance(item, Pause):
-            self.turn = self.loop.later(item.seconds, self.go_on, self.fd)
+            self.loop.later(item.seconds, self.go_on)
         else:
             self.move = item  # begun by settle() when all is sent
 
     def go_on(self, value: Any = None) -> None:
         """What the reply waited for is here."""
-        self.turn = None
-        if self.phase is not Phase.CLOSED:
+        if self.phase is Phase.WAITING:
             self.phase = Phase.RUNNING
             self.pump(value)
 
@@ -1052,27 +1036,27 @@ class Client:
             self.close(f"connection lost: {error.strerror}")
         return self.phase is not Phase.CLOSED
 
-    def settle(self) -> None:
+    def settle(self, dry: bool) -> None:
         """After each run: send, decide what to watch for, and see whether this is rest."""
         if self.phase in (Phase.CLOSED, Phase.MOVING) or not self.flush():
             return
-        if self.reply and self.phase is Phase.RUNNING and len(self.output) < OUTPUT_HIGH:
-            self.turn = self.turn or self.loop.later(0, self.go_on, self.fd)
-        busy = self.output or self.reply or self.turn
-        if self.session.ended and not busy:
+        runs = self.phase is Phase.RUNNING and not dry  # goes on as soon as it can write
+        if self.session.ended and dry and not self.output:
             self.close(self.session.ended)
         elif self.move and not self.output:
             self.depart(self.move.service, MOVE_TIME)
         else:
             reads = not self.eof and len(self.session.buffer) < self.session.input_limit
-            self.loop.watch(self.fd, READ * reads | WRITE * bool(self.output), self.ready)
-            if not busy:
+            writes = runs or bool(self.output)
+            self.loop.watch(self.fd, READ * reads | WRITE * writes, self.ready)
+            if dry and not self.output:
                 self.rest()
+
+    def at_rest(self) -> bool:
+        return self.phase is Phase.RUNNING and not self.reply and not self.output
 
     def rest(self) -> None:
         """Nothing to execute, nothing to send: listen, sleep later, or move on now."""
-        if self.session.user:
-            self.rested = time.monotonic()
         if self.eof:
             self.close("client closed the connection")
         elif self.service.draining and self.session.movable():
@@ -1084,57 +1068,64 @@ class Client:
 
     def listen(self) -> bool:
         """Watch while there is a tag. True: the session must look again, now that we watch."""
-        session = self.session
+        session, known = self.session, bool(self.watches)
         if not session.tag or not (watch := session.watch()):
             self.unlisten()
             return False
         paths = [os.path.join(session.home, watch[0], name) for name in session.watch_dirs]
-        known = bool(self.watches)
-        self.watches = self.watches or [self.service.watcher.add(at, self.fd) for at in paths]
+        if not known:
+            self.watches = [self.service.watcher.add(path, self.fd) for path in paths]
+            self.set_beat()
         return changed_since(paths, watch[1], 0 if known else YOUNG)
 
     def unlisten(self) -> None:
         for number in self.watches:
             self.service.watcher.drop(number, self.fd)
         self.watches = []
+        if self.beat:
+            self.beat.cancel()
+            self.beat = None
 
-    def stir(self) -> None:
-        self.stay()
-        if self.phase is Phase.RUNNING and not self.reply and not self.session.ended:
-            self.start(self.session.stirred())
+    def stirred(self) -> None:
+        if self.listen():
+            self.stay()
+            if self.at_rest() and not self.session.ended:
+                self.start(self.session.stirred())
+
+    def set_beat(self) -> None:
+        session, interval = self.session, self.session.config.idle_notify_interval
+        if interval and session.still_here:
+            wait = seconds_to_beat(interval, session.remote, session.user)
+            self.beat = self.loop.later(wait, self.keep_alive, self.fd)
+
+    def keep_alive(self) -> None:
+        self.set_beat()
+        if self.at_rest():
+            self.output += self.session.still_here
+            self.settle(True)
 
     def clock(self) -> None:
-        """At rest: do what is due, then set the timer for what is next. It may fire in vain:
-        commands are too many to set it anew after each."""
-        session, config, now = self.session, self.session.config, time.monotonic()
-        if self.phase is not Phase.RUNNING or self.reply or self.output:
-            due = now + 1.0
-        elif not session.user:
-            limit = SPEAK_TIME if self.service.role.requests else config.login_timeout
-            due = self.rested + limit
-            if due <= now:
-                return self.close("log-in took too long", farewell=True)
-        elif self.service.role.keeper and config.hibernate_timeout and session.movable():
-            due = self.rested + config.hibernate_timeout
-            if due <= now:
-                return self.depart(self.service.role.keeper, SLEEP_TIME)
-        else:
-            due = self.rested + REST_TIME
-            if due <= now and not session.tag:
-                return self.close("Autologout; idle for too long", farewell=True)
-        if session.tag and config.idle_notify_interval and session.still_here:
-            if 0 < self.beat <= now and not self.output:
-                self.output += session.still_here
-                if not self.flush():
-                    return None
-            if self.beat <= now:
-                wait = seconds_to_beat(config.idle_notify_interval, session.remote, session.user)
-                self.beat = now + wait
-            due = min(due, self.beat)
-        if self.timer and (self.timer.when <= now or self.timer.when > due):
+        """At rest: do what is due, or set the timer for it. It may fire in vain: commands are
+        too many to set it anew after each."""
+        session, role, config = self.session, self.service.role, self.session.config
+        limit, ending = REST_TIME, "Autologout; idle for too long"
+        if not session.user:
+            limit = SPEAK_TIME if role.requests else config.login_timeout
+            ending = "log-in took too long"
+        elif role.keeper and config.hibernate_timeout and session.movable():
+            limit, ending = config.hibernate_timeout, ""
+        now = time.monotonic()
+        due = self.rested + limit
+        if due <= now and self.at_rest():
+            if not ending:
+                return self.depart(role.keeper, SLEEP_TIME)
+            if not session.tag:  # who listens is kept alive
+                return self.close(ending, farewell=True)
+        due = max(due, now + 0.01) if self.at_rest() and due > now else now + 1.0
+        if self.timer and not now < self.timer.when <= due:
             self.timer.cancel()
             self.timer = None
-        self.timer = self.timer or self.loop.later(max(due - now, 0.01), self.clock, self.fd)
+        self.timer = self.timer or self.loop.later(due - now, self.clock, self.fd)
         return None
 
     def depart(self, service: str, patience: float) -> None:
@@ -1169,7 +1160,7 @@ class Client:
     def kept(self, reason: str) -> None:
         """The hand-over did not come about, or a question is answered: go on as before."""
         if self.phase is Phase.WAITING or self.move:
-            self.move = None
+            self.phase, self.move = Phase.WAITING, None
             self.go_on(reason)
             return
         self.stay()
@@ -1202,8 +1193,8 @@ class Client:
         self.loop.unwatch(self.fd)
         self.service.mover.keep(self.fd)
         self.unlisten()
-        for timer in filter(None, (self.timer, self.turn)):
-            timer.cancel()
+        if self.timer:
+            self.timer.cancel()
         with contextlib.suppress(ValueError):  # it is the reply itself that ends the session
             if self.reply:
                 self.reply.close()
@@ -1495,7 +1486,7 @@ class Service:
                 yield fd, client.state()
 
     def stirred(self, fd: int) -> None:
-        self.clients[fd].stir()
+        self.clients[fd].stirred()
 
     def failed(self, fd: int) -> None:
         if fd in self.clients:
@@ -1653,31 +1644,45 @@ class Title:
 # to wake, its descriptor is not watched: left armed it costs a whole core.
 # ------------------------------------------------------------------------------------------------
 
-SLOT_SIZE = 384
-SLOT = struct.Struct("<BBHHiiIQQ")
-# The first byte of a slot. GONE: "!" is about to be sent; OFFERED: it has not come yet, and CHANNEL
-# is the slot of the descriptor on which it will, with the session's number.
+# What a slot holds. GONE: "!" is about to be sent; OFFERED: it has not come yet, and CHANNEL is the
+# slot of the descriptor on which it will.
 FREE, HELD, GONE, OFFERED, CHANNEL = range(5)
 LIVING = (HELD, OFFERED, CHANNEL)
+TEXT_SIZE = 344
 SWEEP_TIME = 2.0  # seconds between two looks of a twin
 TWIN_TIME = 1000  # milliseconds that a keeper waits for a twin that does not read, at most
 ARMED = 200  # sessions that a survivor watches for mail before the others have a turn
 
 
-class Sleeper(NamedTuple):
-    """A slot, unpacked."""
+class Slot(ctypes.Structure):
+    """A sleeper, in memory that the keeper and its twin share."""
 
-    state: int = FREE
-    tag: str = ""
-    tail: str = ""  # JSON of [state, seal], as they came
-    beat: int = 0  # the second of the keepalive interval at which it has its turn
-    watches: tuple[int, int] = (0, 0)
-    rest: int = 0  # unix time: since when it has sent nothing
-    received: int = 0
-    sent: int = 0
+    _fields_ = [
+        ("state", ctypes.c_uint8),
+        ("beat", ctypes.c_uint32),  # the second of the keepalive interval when it has its turn
+        ("watches", ctypes.c_int * 2),
+        ("rest", ctypes.c_uint64),  # unix time: since when it has sent nothing
+        ("received", ctypes.c_uint64),
+        ("sent", ctypes.c_uint64),
+        ("text", ctypes.c_char * TEXT_SIZE),  # JSON of [state, seal] as they came, "\n", tag
+    ]  # of a CHANNEL, `text` is the number of the descriptor that is offered on it
 
-    def sealed(self) -> State:
-        return State.decode(json.loads(self.tail)[0])
+    def sealed(self) -> list[str]:
+        state, mark = json.loads(self.text.partition(b"\n")[0])
+        return [state, mark]
+
+    def known(self) -> State:
+        return State.decode(self.sealed()[0])
+
+    def tag(self) -> str:
+        return str(self.text.partition(b"\n")[2], "utf-8")
+
+
+def slot_text(sealed: list[str], tag: str) -> bytes:
+    text = f"{compact(sealed)}\n{tag}".encode()
+    if len(text) > TEXT_SIZE or 0 in text:
+        raise ValueError("more than a sleeper can have")
+    return text
 
 
 class Keeper(Service):
@@ -1685,8 +1690,9 @@ class Keeper(Service):
 
     def __init__(self, master: Master, pool: Pool, slot: int, generation: int) -> None:
         super().__init__(master, pool, slot, generation)
-        self.slots = min(file_limit(), self.limit + 4 * RESERVE)
-        self.memory = mmap.mmap(-1, self.slots * SLOT_SIZE)
+        count = min(file_limit(), self.limit + 4 * RESERVE)
+        self.memory = mmap.mmap(-1, count * ctypes.sizeof(Slot))
+        self.slots = (Slot * count).from_buffer(self.memory)
         self.held = 0
         self.period = max(1, math.ceil(self.config.idle_notify_interval or 60))
         self.peeker = self.peek  # one bound method for all, not 64 bytes for each
@@ -1708,97 +1714,85 @@ class Keeper(Service):
     def count(self) -> int:
         return self.held
 
-    def load(self, fd: int) -> Sleeper:
-        at = fd * SLOT_SIZE
-        state, tag, tail, beat, one, two, *rest = SLOT.unpack_from(self.memory, at)
-        text = self.memory[at + SLOT.size : at + SLOT.size + tag + tail].decode()
-        return Sleeper(state, text[:tag], text[tag:], beat, (one, two), *rest)
-
-    def store(self, fd: int, sleeper: Sleeper) -> None:
-        state, tag, tail, beat, watches, *rest = sleeper
-        at, text = fd * SLOT_SIZE, (tag + tail).encode()
-        self.memory[at + SLOT.size : at + SLOT.size + len(text)] = text
-        SLOT.pack_into(self.memory, at, state, len(tag), len(tail), beat, *watches, *rest)
-
-    def fits(self, tag: str, tail: str) -> bool:
-        fit = len(tag) < 256 and SLOT.size + len(tag) + len(tail) <= SLOT_SIZE
-        return fit and (tag + tail).isascii()
+    def slot_states(self) -> bytes:
+        """The state of every slot: its first byte."""
+        return self.memory[:: ctypes.sizeof(Slot)]
 
     # Arriving
 
     def hold(self, record: Record, state: State, fd: int, channel: Channel) -> Any:
-        tail, number = compact([record.state, record.seal]), channel.sock.fileno()
-        if self.room() < 0 or max(fd, number) >= self.slots:
+        number = channel.sock.fileno()
+        if self.room() < 0 or max(fd, number) >= len(self.slots):
             raise ValueError("full")
         with borrowed(fd, -1) as sock:
             identity(sock)  # OSError: no socket, or its client has gone
-        if record.pending or record.answer or not self.fits(record.tag, tail):
+        if record.pending or record.answer:
             raise ValueError("more than a sleeper can have")
-        wait = seconds_to_beat(self.period, state.remote, state.user)
-        beat = int(time.time() + wait) % self.period
+        text = slot_text([record.state, record.seal], record.tag)
         os.set_blocking(fd, False)
-        now, counts = int(time.time()), (record.received, record.sent)
-        sleeper = self.listen(fd, Sleeper(HELD, record.tag, tail, beat, (0, 0), now, *counts))
-        if not sleeper:
+        now, wait = time.time(), seconds_to_beat(self.period, state.remote, state.user)
+        counts = int(now), record.received, record.sent
+        self.slots[fd] = Slot(FREE, int(now + wait) % self.period, (0, 0), *counts, text)
+        if record.tag and not self.listen(fd):
             raise ValueError("changed")
-        self.store(fd, sleeper._replace(state=OFFERED))
-        self.store(number, Sleeper(CHANNEL, tail=str(fd)))
+        self.slots[fd].state = OFFERED
+        self.slots[number] = Slot(CHANNEL, text=b"%d" % fd)
         self.copy(fd, number)
-        return fd, sleeper, number
+        return fd, number
 
-    def listen(self, fd: int, sleeper: Sleeper) -> Sleeper | None:
-        """The sleeper with watches, if it has a tag. Arm first, then compare: None if its
-        directories changed, or may have, before the watch was there."""
-        if not sleeper.tag:
-            return sleeper
-        state = sleeper.sealed()
-        if not state.watch:
-            return None
-        folder = os.path.join(state.home, state.watch[0])
-        paths = [os.path.join(folder, name) for name in self.role.session.watch_dirs]
-        one, two = [*(self.watcher.add(path, fd) for path in paths), 0, 0][:2]
-        sleeper = sleeper._replace(watches=(one, two))
-        if not changed_since(paths, state.watch[1:], YOUNG):
-            return sleeper
-        self.unlisten(fd, sleeper)
-        return None
+    def changed(self, fd: int, young: int) -> bool:
+        state = self.slots[fd].known()
+        return changed_since(self.directories(state), state.watch[1:], young)
 
-    def unlisten(self, fd: int, sleeper: Sleeper) -> Sleeper:
-        for number in filter(None, sleeper.watches):
-            self.watcher.drop(number, fd)
-        return sleeper._replace(watches=(0, 0))
+    def directories(self, state: State) -> list[str]:
+        names = self.role.session.watch_dirs if state.watch else ()
+        return [os.path.join(state.home, state.watch[0], name) for name in names]
+
+    def listen(self, fd: int) -> bool:
+        """Watch its directories. Arm first, then compare: False, and no watch, if they changed,
+        or may have, before the watch was there."""
+        paths = self.directories(self.slots[fd].known())
+        for at, path in enumerate(paths):
+            self.slots[fd].watches[at] = self.watcher.add(path, fd)
+        if not paths or self.changed(fd, YOUNG):
+            self.unlisten(fd)
+            return False
+        return True
+
+    def unlisten(self, fd: int) -> None:
+        watches = self.slots[fd].watches
+        for at, number in enumerate(watches):
+            if number:
+                self.watcher.drop(number, fd)
+                watches[at] = 0
 
     def begin(self, held: Any) -> None:
-        fd, sleeper, number = held
+        fd, number = held
         self.held += 1
         self.counts["adopted"] += 1
-        self.mark(number, FREE)
-        self.tend(fd, sleeper)
+        self.slots[number].state = FREE
+        self.slots[fd].state = HELD
+        self.tend(fd)
         self.arm(fd)
 
-    def tend(self, fd: int, sleeper: Sleeper) -> None:
+    def tend(self, fd: int) -> None:
         """A sleeper is ours from now on."""
-        self.store(fd, sleeper)
-        self.turns[sleeper.beat].append(fd)
+        self.turns[self.slots[fd].beat].append(fd)
         self.loop.watch(fd, READ, self.peeker)
 
     def arm(self, fd: int) -> None:
         """Watch its mailbox, which may have stirred while nobody would have noticed."""
-        sleeper = self.load(fd)
-        if sleeper.state != HELD or fd in self.waking:
+        if self.slots[fd].state != HELD or fd in self.waking:
             return
         if self.draining:
             self.move_on(fd)
-        elif listening := self.listen(fd, sleeper):
-            self.store(fd, listening)
-        else:
+        elif self.slots[fd].tag() and not self.listen(fd):
             self.wake(fd, "mail")
 
     def abandon(self, held: Any, shutdown: bool = False) -> None:
-        fd, sleeper, number = held
-        self.unlisten(fd, sleeper)
-        self.mark(fd, FREE)
-        self.mark(number, FREE)
+        fd, number = held
+        self.unlisten(fd)
+        self.slots[fd].state = self.slots[number].state = FREE
         if shutdown:
             end_socket(socket.socket(fileno=fd))
         else:
@@ -1808,46 +1802,49 @@ class Keeper(Service):
 
     def peek(self, fd: int, mask: int) -> None:
         """The client has sent something, or has left. Answer first, then consume."""
+        slot = self.slots[fd]
         with borrowed(fd) as sock:
             try:
                 data = sock.recv(512, socket.MSG_PEEK)
-                sleeper = self.load(fd)
-                answer = self.role.session.peeked(sleeper.tag, data) if data else None
-                changed = self.adopt_tag(fd, sleeper, answer[2]) if answer else None
-                if answer and changed and self.say(fd, changed, answer[0]):
-                    os.read(fd, answer[1])
-                    sleeper = self.load(fd)
-                    self.store(fd, sleeper._replace(received=sleeper.received + answer[1]))
-                    self.counts["answered asleep"] += 1
-                elif not data:
+                answer = self.role.session.peeked(slot.tag(), data) if data else None
+                if not data:
                     self.over(fd, "client closed the connection")
-                elif not changed:
+                elif not answer or not (text := self.adopt_tag(fd, slot, answer[2])):
                     self.wake(fd, "input")
+                elif self.say(fd, answer[0]):
+                    slot.text, slot.rest = text, int(time.time())
+                    os.read(fd, answer[1])
+                    slot.received += answer[1]
+                    self.counts["answered asleep"] += 1
             except BlockingIOError:
                 pass
             except OSError as error:
                 self.over(fd, f"connection lost: {error.strerror}")
 
-    def adopt_tag(self, fd: int, sleeper: Sleeper, tag: str) -> Sleeper | None:
-        """The client ends listening, begins it, or both. None: only a worker can say."""
-        changed = sleeper._replace(tag=tag, rest=int(time.time()))
-        if not self.fits(tag, sleeper.tail):
-            return None
-        if tag and sleeper.tag:
-            return changed
-        return self.listen(fd, changed) if tag else self.unlisten(fd, changed)
+    def adopt_tag(self, fd: int, slot: Slot, tag: str) -> bytes:
+        """The client ends listening, begins it, or both: the slot's new text. b"": only a worker
+        can say."""
+        try:
+            text = slot_text(slot.sealed(), tag)
+        except ValueError:
+            return b""
+        if tag and not slot.tag():
+            return text if self.listen(fd) else b""
+        if not tag:
+            self.unlisten(fd)
+        return text
 
-    def say(self, fd: int, sleeper: Sleeper, data: bytes) -> bool:
+    def say(self, fd: int, data: bytes) -> bool:
         """Whole, or it ends the session: a sleeper has no output buffer."""
         with contextlib.suppress(OSError):
             if os.write(fd, data) == len(data):
-                self.store(fd, sleeper._replace(sent=sleeper.sent + len(data)))
+                self.slots[fd].sent += len(data)
                 return True
         self.over(fd, "client does not read")
         return False
 
     def stirred(self, fd: int) -> None:
-        if self.memory[fd * SLOT_SIZE] == HELD and fd not in self.waking:
+        if self.slots[fd].state == HELD and fd not in self.waking and self.changed(fd, 0):
             self.wake(fd, "mail")
 
     def take_turns(self) -> None:
@@ -1857,17 +1854,17 @@ class Keeper(Service):
         now = int(time.time())
         for second in range(max(self.turned, now - self.period) + 1, now + 1):
             at = second % self.period
-            here = {fd: self.load(fd) for fd in set(self.turns[at])}
-            here = {fd: one for fd, one in here.items() if (one.state, one.beat) == (HELD, at)}
-            self.turns[at] = array("i", here)
-            for fd in here.keys() - self.waking.keys():
-                self.take_turn(fd, here[fd])
+            fds = [fd for fd in set(self.turns[at]) if self.slots[fd].state == HELD]
+            self.turns[at] = array("i", (fd for fd in fds if self.slots[fd].beat == at))
+            for fd in self.turns[at]:
+                if fd not in self.waking:
+                    self.take_turn(fd, self.slots[fd])
         self.turned = now
 
-    def take_turn(self, fd: int, sleeper: Sleeper) -> None:
-        if sleeper.tag and self.config.idle_notify_interval:
-            self.say(fd, sleeper, self.role.session.still_here)
-        elif not sleeper.tag and time.time() - sleeper.rest > REST_TIME:
+    def take_turn(self, fd: int, slot: Slot) -> None:
+        if slot.tag() and self.config.idle_notify_interval:
+            self.say(fd, self.role.session.still_here)
+        elif not slot.tag() and time.time() - slot.rest > REST_TIME:
             self.end(fd, "Autologout; idle for too long")
 
     # Leaving
@@ -1900,19 +1897,14 @@ class Keeper(Service):
         if unread and self.waking[fd] == "mail":
             self.waking[fd] = "input"  # now somebody waits: should this try fail, sooner
             self.mover.target[fd] = self.role.wakes, time.monotonic() + MOVE_TIME, b""
-        sleeper = self.load(fd)
-        if sleeper.state == GONE:  # an earlier "!" failed, and the twin may have let it go
-            self.mark(fd, HELD)
+        slot = self.slots[fd]
+        if slot.state == GONE:  # an earlier "!" failed, and the twin may have let it go
+            slot.state = HELD
             self.copy(fd)
-        return Record(
-            sleeper.tag, sleeper.received, sleeper.sent, "", "", *json.loads(sleeper.tail)
-        ).encode()
-
-    def mark(self, fd: int, state: int) -> None:
-        self.memory[fd * SLOT_SIZE] = state
+        return Record(slot.tag(), slot.received, slot.sent, "", "", *slot.sealed()).encode()
 
     def leaving(self, fd: int) -> None:
-        self.mark(fd, GONE)
+        self.slots[fd].state = GONE
 
     def given(self, fd: int) -> None:
         self.forget(fd)
@@ -1920,16 +1912,16 @@ class Keeper(Service):
         self.update()
 
     def forget(self, fd: int) -> None:
-        self.unlisten(fd, self.load(fd))
+        self.unlisten(fd)
         self.loop.unwatch(fd)
         self.mover.keep(fd)
-        self.mark(fd, FREE)
+        self.slots[fd].state = FREE
         self.waking.pop(fd, None)
         self.held -= 1
 
     def kept(self, fd: int, reason: str) -> None:
         """No worker took it in time, or one refused it for good: it can't go on."""
-        self.mark(fd, HELD)
+        self.slots[fd].state = HELD
         log.error("a sleeper could not be moved: %s", reason)
         self.end(fd, "Server is too busy, please log in again")
 
@@ -1939,19 +1931,19 @@ class Keeper(Service):
         self.over(fd, reason)
 
     def over(self, fd: int, reason: str) -> None:
-        sleeper = self.load(fd)
         self.forget(fd)
         end_socket(socket.socket(fileno=fd))
-        self.ended(sleeper.sealed(), reason, sleeper.received, sleeper.sent)
+        slot = self.slots[fd]
+        self.ended(slot.known(), reason, slot.received, slot.sent)
 
     def failed(self, fd: int) -> None:
-        if 0 <= fd < self.slots and self.memory[fd * SLOT_SIZE] == HELD:
+        if 0 <= fd < len(self.slots) and self.slots[fd].state == HELD:
             self.end(fd, "Internal error")
 
     def states(self) -> Iterator[tuple[int, State]]:
-        for fd in range(self.slots):
-            if self.memory[fd * SLOT_SIZE] == HELD:
-                yield fd, self.load(fd).sealed()
+        for fd, state in enumerate(self.slot_states()):
+            if state == HELD == self.slots[fd].state:  # still
+                yield fd, self.slots[fd].known()
 
     # The twin: a process with a copy of every descriptor, under the same number, and the slots in
     # shared memory. When the keeper is killed, it goes on. Seeding is the fork itself; after it,
@@ -1960,23 +1952,21 @@ class Keeper(Service):
     def spawn_twin(self) -> None:
         if not self.config.hibernate_twin or self.draining or self.twin:
             return
-        try:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        except OSError as error:
-            log.error("no twin: %s", error.strerror)
-            self.loop.later(THROTTLE[0], self.spawn_twin)
-            return
-        context = multiprocessing.get_context("fork")
-        process = context.Process(target=self.guard, args=(ours, theirs), name=self.role.name)
-        try:
-            process.start()
-        except OSError as error:
-            log.error("no twin: fork: %s", error.strerror)
-            ours.close()
-            self.loop.later(THROTTLE[0], self.spawn_twin)
-        else:
-            self.twin = process, Channel(self.loop, ours, self.twin_ended)
-        theirs.close()
+        with contextlib.ExitStack() as sockets:
+            try:
+                pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                ours, theirs = map(sockets.enter_context, pair)
+                context = multiprocessing.get_context("fork")
+                process = context.Process(
+                    target=self.guard, args=(ours, theirs), name=self.role.name)
+                process.start()
+            except OSError as error:
+                log.error("no twin: %s", error.strerror)
+                self.loop.later(THROTTLE[0], self.spawn_twin)
+            else:
+                sockets.pop_all()
+                theirs.close()
+                self.twin = process, Channel(self.loop, ours, self.twin_ended)
 
     def twin_ended(self, message: bytes, fds: list[int]) -> None:
         close_all(fds)
@@ -2030,8 +2020,8 @@ class Keeper(Service):
         for handler in log.handlers:
             handler.close()  # its next line opens a log file anew, standard error stays open
         kept = {0, 1, 2, ours.fileno(), self.channel.fileno(), self.inbox.fileno()}
-        copies = bytearray(state in LIVING for state in self.memory[::SLOT_SIZE])
-        for fd in range(self.slots):
+        copies = bytearray(state in LIVING for state in self.slot_states())
+        for fd in range(len(copies)):
             if not copies[fd] and fd not in kept:
                 os.closerange(fd, fd + 1)  # which ignores errors
         ours.settimeout(SWEEP_TIME)
@@ -2062,8 +2052,8 @@ class Keeper(Service):
 
     def sweep(self, copies: bytearray) -> None:
         """Close what is not, or no longer, in the slots."""
-        for fd in range(self.slots):
-            if copies[fd] and self.memory[fd * SLOT_SIZE] not in LIVING:
+        for fd, state in enumerate(self.slot_states()):
+            if copies[fd] and state not in LIVING:
                 copies[fd] = 0
                 with contextlib.suppress(OSError):  # one that came and went during the fork
                     os.close(fd)
@@ -2075,13 +2065,14 @@ class Keeper(Service):
         wait unread in the channel, of which there is a copy, too."""
         self.sweep(copies)
         ours.close()
-        slots = {}
-        for fd in range(self.slots):
+        slots: dict[int, list[int]] = {state: [] for state in LIVING}
+        for fd, slot in enumerate(self.slots):
+            slot.watches[:] = 0, 0
             if copies[fd]:
-                slots[fd] = self.load(fd)._replace(watches=(0, 0))
+                slots[slot.state].append(fd)
             else:
-                self.mark(fd, FREE)
-        self.held = sum(sleeper.state == HELD for sleeper in slots.values())
+                slot.state = FREE
+        self.held = len(slots[HELD])
         log.error("the keeper was killed; its twin goes on with %d sessions", self.held)
         self.twin = None
         self.counts.clear()
@@ -2089,18 +2080,16 @@ class Keeper(Service):
             self.channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             other.close()
         self.start(self.channel)
-        offered = {fd for fd, sleeper in slots.items() if sleeper.state == OFFERED}
-        sleepers = [fd for fd, sleeper in slots.items() if sleeper.state == HELD]
-        for fd in sleepers:  # who speaks is answered at once; to arm 10,000 takes a second
-            self.tend(fd, slots[fd])
-        self.arm_all(sleepers)
-        for fd, sleeper in slots.items():
-            if sleeper.state == CHANNEL and (session := int(sleeper.tail)) in offered:
-                offered.discard(session)
-                held = session, slots[session]._replace(state=HELD), fd
-                self.expect(socket.socket(fileno=fd), held, COMMIT_TIME)
+        for fd in slots[HELD]:  # who speaks is answered at once; to arm 10,000 takes a second
+            self.tend(fd)
+        self.arm_all(slots[HELD])
+        offered = set(slots[OFFERED])
+        for number in slots[CHANNEL]:
+            if (fd := int(self.slots[number].text)) in offered:
+                offered.discard(fd)
+                self.expect(socket.socket(fileno=number), (fd, number), COMMIT_TIME)
         for fd in offered:
-            self.mark(fd, FREE)
+            self.slots[fd].state = FREE
             os.close(fd)
         self.loop.run()
         self.end_twin()
