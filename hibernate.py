@@ -582,7 +582,7 @@ RETRIED = {"full", "busy", "lost", *RETRIED_ERRORS.split()}  # any other reason 
 class State(NamedTuple):
     """The sealed part of a record: who the session is, and its protocol's own state."""
 
-    expires: int  # unix time after which a log-in's ticket is refused; 0 for a session
+    expires: int  # monotonic second after which a log-in's ticket is refused; 0 for a session
     sid: str
     user: str
     since: int  # unix time of the log-in
@@ -657,8 +657,8 @@ def ticket(
     key: bytes, name: str, sid: str, user: str, remote: str, home: str, own: list[Any]
 ) -> tuple[str, str]:
     """(state, seal) of a log-in, good for this connection and for TICKET_TIME seconds."""
-    now = int(time.time())
-    state = compact(State(now + TICKET_TIME, sid, user, now, remote, home, [], own))
+    expires, since = int(time.monotonic()) + TICKET_TIME, int(time.time())
+    state = compact(State(expires, sid, user, since, remote, home, [], own))
     return state, seal(key, name, state)
 
 
@@ -833,11 +833,12 @@ class Session:
 
 def seconds_to_beat(interval: float, remote: str, user: str) -> float:
     """Until the next keepalive. Its phase hangs on the address if that is public, else on the
-    user: a phone's radio wakes once for all its sessions, and the others are spread."""
+    user: a phone's radio wakes once for all its sessions, and the others are spread. The monotonic
+    clock is the same in all processes, and does not jump."""
     address = remote.rpartition(":")[0].strip("[]")
     with contextlib.suppress(ValueError):
         user = address if ipaddress.ip_address(address).is_global else user
-    return interval - (time.time() + zlib.crc32(user.encode())) % interval
+    return interval - (time.monotonic() + zlib.crc32(user.encode())) % interval
 
 
 class Watcher:
@@ -1427,7 +1428,7 @@ class Service:
         fits = seal(self.key, session.identity, record.state) if self.role.trusted else record.seal
         if not hmac.compare_digest(fits.encode(), record.seal.encode()):
             raise ValueError("seal")
-        if state.expires and not 0 <= state.expires - time.time() <= TICKET_TIME:
+        if state.expires and not 0 <= state.expires - time.monotonic() <= TICKET_TIME:
             raise ValueError("ticket too late")
         _, session.sid, session.user, session.since, session.remote, session.home, _, own = state
         session.tag = record.tag
@@ -1661,7 +1662,7 @@ class Slot(ctypes.Structure):
         ("state", ctypes.c_uint8),
         ("beat", ctypes.c_uint32),  # the second of the keepalive interval when it has its turn
         ("watches", ctypes.c_int * 2),
-        ("rest", ctypes.c_uint64),  # unix time: since when it has sent nothing
+        ("rest", ctypes.c_uint64),  # monotonic second: since when it has sent nothing
         ("received", ctypes.c_uint64),
         ("sent", ctypes.c_uint64),
         ("text", ctypes.c_char * TEXT_SIZE),  # JSON of [state, seal] as they came, "\n", tag
@@ -1703,7 +1704,7 @@ class Keeper(Service):
         self.channel = channel
         self.waking: dict[int, str] = {}  # and why
         self.turns = [array("i") for _ in range(self.period)]
-        self.turned = int(time.time())
+        self.turned = int(time.monotonic())
         self.loop.later(1.0, self.take_turns)
         self.spawn_twin()
 
@@ -1730,7 +1731,7 @@ class Keeper(Service):
             raise ValueError("more than a sleeper can have")
         text = slot_text([record.state, record.seal], record.tag)
         os.set_blocking(fd, False)
-        now, wait = time.time(), seconds_to_beat(self.period, state.remote, state.user)
+        now, wait = time.monotonic(), seconds_to_beat(self.period, state.remote, state.user)
         counts = int(now), record.received, record.sent
         self.slots[fd] = Slot(FREE, int(now + wait) % self.period, (0, 0), *counts, text)
         if record.tag and not self.listen(fd):
@@ -1812,7 +1813,7 @@ class Keeper(Service):
                 elif not answer or not (text := self.adopt_tag(fd, slot, answer[2])):
                     self.wake(fd, "input")
                 elif self.say(fd, answer[0]):
-                    slot.text, slot.rest = text, int(time.time())
+                    slot.text, slot.rest = text, int(time.monotonic())
                     os.read(fd, answer[1])
                     slot.received += answer[1]
                     self.counts["answered asleep"] += 1
@@ -1851,7 +1852,7 @@ class Keeper(Service):
         """Once a second, for those whose second it is. Each sleeper is in one list; one that has
         left stays there until then, and its slot shows it."""
         self.loop.later(1.0, self.take_turns)
-        now = int(time.time())
+        now = int(time.monotonic())
         for second in range(max(self.turned, now - self.period) + 1, now + 1):
             at = second % self.period
             fds = [fd for fd in set(self.turns[at]) if self.slots[fd].state == HELD]
@@ -1864,7 +1865,7 @@ class Keeper(Service):
     def take_turn(self, fd: int, slot: Slot) -> None:
         if slot.tag() and self.config.idle_notify_interval:
             self.say(fd, self.role.session.still_here)
-        elif not slot.tag() and time.time() - slot.rest > REST_TIME:
+        elif not slot.tag() and time.monotonic() - slot.rest > REST_TIME:
             self.end(fd, "Autologout; idle for too long")
 
     # Leaving

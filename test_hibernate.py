@@ -1201,9 +1201,9 @@ class Sender:
     def record(self, age=0, **changes):
         """The bytes of a log-in's record for alice, right unless changed."""
         name = changes.pop("identity", self.hibernate.identity(self.theirs))
-        now = int(time.time()) - age
+        expires, since = int(time.monotonic()) - age + 60, int(time.time())
         home = str(self.server.home("alice"))
-        state = self.hibernate.State(now + 60, "s1", "alice", now, "r:1", home, [], [])
+        state = self.hibernate.State(expires, "s1", "alice", since, "r:1", home, [], [])
         text = json.dumps([*state])
         seal = self.hibernate.seal(self.key, name, text)
         fields = {"tag": "", "received": 0, "sent": 0, "pending": "", "answer": "x", "state": text,
@@ -1859,6 +1859,44 @@ def test_mutated_imap_on_both_sides_of_the_log_in_harms_nobody(server, user):
         return all(count <= start + 30 for count, start in zip(now, held))  # cached indexes
 
     eventually(given_back)
+
+
+class JumpingServer(Server):
+    """One whose wall clock a test can set."""
+
+    def command(self):
+        script = (
+            f"import sys, time; sys.path.insert(0, {str(PROGRAM.parent)!r}); real = time.time\n"
+            f"time.time = lambda: real() + float(open({str(self.dir / 'offset')!r}).read())\n"
+            "import hibernate; sys.exit(hibernate.main(sys.argv[1:]))"
+        )
+        return [sys.executable, "-c", script, "-c", str(self.configuration)]
+
+    def start(self):
+        self.jump(0)
+        super().start()
+
+    def jump(self, seconds):
+        (self.dir / "offset.new").write_text(str(seconds))
+        (self.dir / "offset.new").rename(self.dir / "offset")
+
+
+def test_the_clock_jumps_and_nobody_notices():
+    with JumpingServer("imap_idle_notify_interval = 1 s") as server:
+        resting, listening = Imap(server, "alice"), Imap(server, "alice")
+        resting.cmd("SELECT INBOX")
+        listening.cmd("SELECT INBOX")
+        listening.idle()
+        eventually(lambda: server.asleep() == 2)
+        for seconds in (7200, -7200, 86400 * 365):
+            server.jump(seconds)
+            for _ in range(2):
+                listening.until(r"^\* OK Still here")
+            Imap(server, "bob").cmd("LOGOUT")  # a log-in's ticket is neither late nor early
+        assert server.asleep() == 2
+        resting.cmd("NOOP")
+        resting.socket.close()
+        listening.socket.close()
 
 
 # ------------------------------------------------------------------------------------------------
