@@ -111,6 +111,7 @@ AWAKE_TIME = 5.0  # … and at least until the next: full keepers are not to be 
 YOUNG = 20_000_000  # ns: a directory changed this recently may change again within one tick
 OUTPUT_HIGH = 64 * 1024  # a reply pauses while this much waits for a slow client
 BURST = 32  # chunks of one session's replies before the others have a turn
+LOOK_TIME = 0.05  # seconds between two looks at the siblings' SO_REUSEPORT sockets
 FULL_TIME = 10.0  # seconds that connections wait while all processes are full
 REST_TIME = 30 * 60.0  # seconds without a command until log-out (RFC 3501 5.4)
 
@@ -1222,7 +1223,8 @@ class Service:
         self.counts: collections.Counter[str] = collections.Counter()
         self.draining = False
         self.stretched = False  # all are full: take a few more from the inbox, or refuse them
-        self.covered = {slot}  # the SO_REUSEPORT sockets that this process reads
+        self.unread: set[int] = set()  # of the siblings' SO_REUSEPORT sockets: see cover()
+        self.covered: dict[int, float] = {}
         self.paused = False  # no descriptors left
         self.title = Title(f"{self.config.program.name}/{self.role.name}")
         self.key = sealing_key(self.config.base_dir) if self.role.trusted else b""
@@ -1239,6 +1241,8 @@ class Service:
         self.told: tuple[int, int] | None = None  # (room, sessions) as last reported
         self.report_timer: Timer | None = None
         self.loop.on_signals({signal.SIGTERM: self.stop})
+        if any(slot >= 0 for slot, _ in self.sockets()):
+            self.cover()
         self.master: Channel | None = Channel(self.loop, channel, self.word)
         self.update()
 
@@ -1263,7 +1267,8 @@ class Service:
         spare = self.limit // 4 if self.stretched else 0
         shed = spare > 0 and self.role.sheds
         for slot, sock in self.sockets():
-            wanted = accepts and (room > 0 or shed) and (slot < 0 or slot in self.covered)
+            mine = slot in (-1, self.slot) or sock.fileno() in self.covered
+            wanted = accepts and mine and (room > 0 or shed)
             self.loop.watch(sock.fileno(), READ * wanted, self.accept_client)
         if self.inbox.fileno() >= 0:
             self.loop.watch(self.inbox.fileno(), READ * (accepts and room + spare > 0), self.invite)
@@ -1281,6 +1286,21 @@ class Service:
             (slot if len(group) > 1 else -1, sock)
             for group in self.groups for slot, sock in enumerate(group) if sock.fileno() >= 0
         ]  # fmt: skip
+
+    def cover(self) -> None:
+        """The share of a process that is full, stopped or missing would wait in its SO_REUSEPORT
+        socket: what two looks in a row find unread, its siblings read for a second. No word of
+        the master's could do it: it hears nothing of a process that is stopped."""
+        self.loop.later(LOOK_TIME, self.cover)
+        poll, now, before = select.poll(), time.monotonic(), self.unread
+        for slot, sock in self.sockets():
+            if slot != self.slot:
+                poll.register(sock, select.POLLIN)
+        self.unread = {fd for fd, _ in poll.poll(0)}
+        self.covered = {fd: end for fd, end in self.covered.items() if end > now}
+        self.covered |= dict.fromkeys(self.unread & before, now + 1.0)
+        if self.covered or before:
+            self.update()
 
     def report(self) -> None:
         """Room 0 ↔ non-0 at once, the rest once a second; the generation shows a stale one."""
@@ -1525,8 +1545,6 @@ class Service:
             self.close_listeners()
         elif name == "end-if-idle" and not self.count() and not self.arrivals:
             self.loop.running = False
-        elif name == "cover":
-            self.covered = {self.slot, *map(int, rest.split())}
         elif name == "full":
             self.stretched = True
             if float(rest) > FULL_TIME and not self.role.sheds:
@@ -2130,7 +2148,6 @@ class Child:
     channel: Channel = field(init=False)
     clients: int = 0
     reported: bool = False
-    covers: str = ""  # what it was told last, see Master.cover()
 
 
 @dataclass(eq=False)
@@ -2286,7 +2303,6 @@ class Master:
         for sock in (pool.inbox, *(group[0] for group in pool.listeners if len(group) == 1)):
             self.loop.watch(sock.fileno(), events, lambda *_: self.called(pool))
         pool.idle_low = min(pool.idle_low, len(pool.idle()))
-        self.cover(pool)
 
     def called(self, pool: Pool) -> None:
         """A connection waits, and no process has room."""
@@ -2313,17 +2329,6 @@ class Master:
         pool.delay = min(max(pool.delay * 2, THROTTLE[0]), THROTTLE[1])
         log.error("service %s: no new process for %d s", pool.role.name, pool.delay)
         self.rest(pool, pool.delay)
-
-    def cover(self, pool: Pool) -> None:
-        """A SO_REUSEPORT socket whose process is full or missing would keep its share of new
-        connections waiting: siblings read it, too."""
-        served = {child.slot for child in pool.children if child.room > 0}
-        alone = sorted({*range(pool.settings.process_limit)} - served)
-        words = "cover " + " ".join(map(str, alone))
-        for child in pool.children:
-            if child.covers != words and any(len(group) > 1 for group in pool.listeners):
-                child.covers = words
-                tell(child.channel, words)
 
     def spawn(self, pool: Pool) -> None:
         slot = min({*range(len(pool.children) + 1)} - {child.slot for child in pool.children})

@@ -31,6 +31,7 @@ import random
 import re
 import resource
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -1437,7 +1438,7 @@ def test_a_second_instance_shares_the_port_with_reuse_port_and_else_is_refused_i
                 client.cmd("NOOP")
 
 
-def test_with_reuse_port_the_share_of_a_full_or_missing_process_goes_to_its_siblings():
+def test_with_reuse_port_the_share_of_a_full_stopped_or_missing_process_goes_to_its_siblings():
     limits = FOUR.replace("\n}", "\n client_limit = 30\n}")
     sharing = "port = 0\n reuse_port = yes"
     with Server(limits, listener=sharing, allow="SIGKILL") as server:
@@ -1452,6 +1453,11 @@ def test_with_reuse_port_the_share_of_a_full_or_missing_process_goes_to_its_sibl
             os.kill(server.pids("imap-login")[0], signal.SIGKILL)
             for client in [Imap(server) for _ in range(20)]:  # all are greeted
                 client.close()
+        eventually(lambda: len(server.titles("imap-login")) == 4)
+        os.kill(stopped := server.pids("imap-login")[0], signal.SIGSTOP)
+        for client in [Imap(server) for _ in range(20)]:
+            client.close()
+        os.kill(stopped, signal.SIGCONT)
 
 
 def test_a_second_instance_takes_the_port_over_from_the_first_under_a_stream_of_connects():
@@ -3206,10 +3212,94 @@ def spread(arguments):
                 client.close()
 
 
+class Storm:
+    """Many connects, at most `window` at once: what each client saw, and how long it took."""
+
+    def __init__(self, port, count, window=100):
+        self.port, self.seen, self.waits = port, collections.Counter(), []
+        self.selector, self.left, self.open = selectors.DefaultSelector(), count, {}
+        while self.left or self.open:
+            while self.left and len(self.open) < window:
+                self.connect()
+            for key, _ in self.selector.select(1.0):
+                self.hear(key.fileobj)
+            for sock in [x for x, since in self.open.items() if time.monotonic() - since > 15]:
+                self.saw(sock, "nothing for 15 s")
+        self.selector.close()
+
+    def connect(self):
+        self.left -= 1
+        sock = socket.socket()
+        sock.setblocking(False)
+        self.open[sock] = time.monotonic()
+        sock.connect_ex(("127.0.0.1", self.port))
+        self.selector.register(sock, selectors.EVENT_READ)
+
+    def hear(self, sock):
+        try:
+            said = sock.recv(4096)
+        except ConnectionRefusedError:
+            return self.saw(sock, "refused")
+        except OSError:
+            return self.saw(sock, "reset")
+        self.saw(sock, "greeted" if said.startswith(b"* OK") else "BYE" if said else "closed")
+
+    def saw(self, sock, what):
+        self.seen[what] += 1
+        self.waits.append(time.monotonic() - self.open.pop(sock))
+        self.selector.unregister(sock)
+        sock.close()
+
+
+def pressure(arguments):
+    """Connects while all is full, descriptors are short, or a process is stopped."""
+    parser = argparse.ArgumentParser(prog="test_hibernate.py pressure")
+    parser.add_argument("--connects", type=int, default=5000)
+    options = parser.parse_args(arguments)
+    Server.loud = False
+    shared, own = FOUR, "port = 0\n reuse_port = yes"
+    two = "service imap-login {\n client_limit = 100\n process_limit = 2\n}"
+    print(f"{options.connects} connects".ljust(38) + "p50, p99, worst ms".ljust(24)
+          + "CPU ms each  seen by the clients")
+    for name, settings, listener, files, act in (
+        ("nothing is short", shared, "port = 0", 0, ""),
+        ("all full, 200 idle clients", two, "port = 0", 0, "fill"),
+        ("200 descriptors a process", shared, "port = 0", 200, "fill"),
+        ("one of 4 stopped, shared listener", shared, "port = 0", 0, "stop"),
+        ("one of 4 stopped, reuse_port", shared, own, 0, "stop"),
+        ("one of 4 killed, reuse_port", shared, own, 0, "kill"),
+    ):
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(Server(settings, listener=listener))
+            sleeper = stack.enter_context(Imap(server, "alice"))
+            sleeper.cmd("SELECT INBOX")
+            idle = sleeper.idle()
+            eventually(lambda: server.asleep() == 1)
+            eventually(lambda: len(server.titles("imap-login")) >= 1)
+            meter, pids = Meter(server), server.pids("imap-login")
+            for pid in pids if files else ():
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (files, files))
+            if act == "fill":
+                for _ in range(200):
+                    stack.enter_context(Imap(server))
+            if act in ("stop", "kill"):
+                os.kill(pids[0], signal.SIGSTOP if act == "stop" else signal.SIGKILL)
+            before = meter.cpu()
+            storm = Storm(server.port, options.connects)
+            used = 1000 * (meter.cpu() - before) / options.connects
+            if act == "stop":
+                os.kill(pids[0], signal.SIGCONT)
+            sleeper.done(idle)  # nobody else has noticed
+            waits = sorted(1000 * x for x in storm.waits)
+            told = ", ".join(f"{waits[int(at * (len(waits) - 1))]:.0f}" for at in (0.5, 0.99, 1))
+            seen = ", ".join(f"{count} {what}" for what, count in storm.seen.most_common())
+            print(f"{name:38}{told:24}{used:11.2f}  {seen}", flush=True)
+
+
 if __name__ == "__main__":
-    tools = {"bench": bench, "drill": drill, "spread": spread}
+    tools = {"bench": bench, "drill": drill, "spread": spread, "pressure": pressure}
     if len(sys.argv) < 2 or sys.argv[1] not in tools:
-        sys.exit("usage: python3 test_hibernate.py bench|drill|spread; the tests: -m pytest")
+        sys.exit("usage: python3 test_hibernate.py bench|drill|spread|pressure; the tests: -m pytest")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     tools[sys.argv[1]](sys.argv[2:])
