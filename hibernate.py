@@ -1091,7 +1091,7 @@ class Client:
             self.beat = None
 
     def stirred(self) -> None:
-        if self.listen():
+        if self.listen() and not self.service.draining:
             self.stay()
             if self.at_rest() and not self.session.ended:
                 self.start(self.session.stirred())
@@ -1133,9 +1133,11 @@ class Client:
         return None
 
     def depart(self, service: str, patience: float) -> None:
-        """Begin to hand over. Should its client stir meanwhile, a sleeper-to-be stays."""
+        """Begin to hand over. Should its client stir meanwhile, a sleeper-to-be stays; in a drain
+        it does not, or a busy one would never leave: its new home reads what it says."""
         self.phase = Phase.MOVING
-        self.loop.watch(self.fd, 0 if self.move else READ, self.ready)
+        stays = not self.move and not self.service.draining
+        self.loop.watch(self.fd, READ * stays, self.ready)
         self.service.mover.give(self.fd, service, patience)
 
     def stay(self) -> None:
