@@ -1654,6 +1654,27 @@ def test_a_reload_brings_listeners_in_and_out_and_refuses_a_port_in_use():
         client.cmd("NOOP")
 
 
+@pytest.mark.parametrize("name", ["{}/notify", "@{}"])
+def test_systemd_is_told_of_ready_reload_and_stop(name, tmp_path, monkeypatch):
+    name = name.format(tmp_path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(name.replace("@", "\0"))
+        systemd.settimeout(PATIENCE)
+        monkeypatch.setenv("NOTIFY_SOCKET", name)
+        with Server(allow="refused: ") as server:
+            assert systemd.recv(99) == b"READY=1"
+            for text in (server.configuration.read_text(), "nonsense"):
+                server.configuration.write_text(text)
+                before = time.monotonic_ns() // 1000
+                server.process.send_signal(signal.SIGHUP)
+                kind, since = systemd.recv(99).split(b"\nMONOTONIC_USEC=")
+                assert kind == b"RELOADING=1"
+                assert before <= int(since) <= time.monotonic_ns() // 1000
+                assert systemd.recv(99) == b"READY=1"  # of the next generation, or refused
+            assert "refused: " in server.log()
+        assert systemd.recv(99) == b"STOPPING=1"
+
+
 def test_a_killed_master_that_is_started_again_finds_all_its_sleepers():
     users = [f"u{n}" for n in range(20)]
     with Server(users=users) as server:
