@@ -462,7 +462,7 @@ class Loop:
 # ------------------------------------------------------------------------------------------------
 
 SO_COOKIE = 57  # Linux: a number that no other socket of this boot has, socket(7)
-Heard = Callable[[bytes, list[int]], None]
+Heard = Callable[[Any, bytes, list[int]], None]  # the first one is the Channel
 
 
 def end_socket(sock: socket.socket) -> None:
@@ -519,8 +519,8 @@ def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
 class Channel:
     """One SEQPACKET connection between two processes.
 
-    heard(message, fds) is called for each message and owns its descriptors; b"" is the end of the
-    channel, by the peer or after `timeout` seconds of silence, and comes once.
+    heard(channel, message, fds) is called for each message and owns its descriptors; b"" is the
+    end of the channel, by the peer or after `timeout` seconds of silence, and comes once.
     """
 
     timer: Timer | None = None
@@ -550,14 +550,14 @@ class Channel:
         with contextlib.suppress(BlockingIOError):
             message, fds = receive(self.sock)
             if message:
-                self.heard(message, fds)
+                self.heard(self, message, fds)
             else:
                 self.finish()
 
     def finish(self) -> None:
         """Close, and tell this side that the channel has ended."""
         self.close()
-        self.heard(b"", [])
+        self.heard(self, b"", [])
 
     def close(self) -> None:
         """Close without a word; at any time, and twice."""
@@ -616,10 +616,8 @@ class State(NamedTuple):
     def decode(cls, text: str) -> State:
         """ValueError unless each field has its type: a keeper can't check the seal."""
         state = cls(*checked(text, (int, str, str, int, str, str, list, list)))
-        folder, *times = state.watch or [""]
-        if type(folder) is not str or any(type(stamp) is not int for stamp in times):
-            raise ValueError("a watch that is none")
-        if folder == ".." or re.search(r"[/\0]", folder):
+        folder = state.watch[0] if state.watch else ""
+        if not isinstance(folder, str) or folder == ".." or re.search(r"[/\0]", folder):
             raise ValueError("a watch outside of home")
         return state
 
@@ -718,7 +716,7 @@ class Mover:
             except OSError as error:
                 self.refused(fd, errno.errorcode.get(error.errno or 0, "?"))
 
-    def answered(self, fd: int, reply: bytes, fds: list[int]) -> None:
+    def answered(self, fd: int, channel: Channel, reply: bytes, fds: list[int]) -> None:
         close_all(fds)
         if reply and self.target[fd][2]:
             self.keep(fd)
@@ -726,7 +724,7 @@ class Mover:
         elif reply == b"+":
             self.owner.leaving(fd)
             try:
-                self.channels[fd].send(b"!")
+                channel.send(b"!")
             except OSError:
                 self.refused(fd, "lost")
             else:
@@ -1373,12 +1371,7 @@ class Service:
 
     def expect(self, sock: socket.socket, held: Any, timeout: float) -> None:
         """Listen to a sender: for its record, or, if that is held, for its "!"."""
-
-        def heard(message: bytes, fds: list[int]) -> None:
-            self.arriving(channel, message, fds)
-
-        channel = Channel(self.loop, sock, heard, timeout)
-        self.arrivals[channel] = held
+        self.arrivals[Channel(self.loop, sock, self.arriving, timeout)] = held
 
     def trusts(self, sock: socket.socket) -> bool:
         """Is the peer one of our processes? The kernel knows its user: SO_PEERCRED, unix(7)."""
@@ -1523,7 +1516,7 @@ class Service:
 
     # Words of the master, and its end
 
-    def word(self, message: bytes, fds: list[int]) -> None:
+    def word(self, channel: Channel, message: bytes, fds: list[int]) -> None:
         name, _, rest = message.decode().partition(" ")
         if not message:
             self.master = None
@@ -1982,7 +1975,7 @@ class Keeper(Service):
             self.twin = process, Channel(self.loop, ours, self.twin_ended)
         theirs.close()
 
-    def twin_ended(self, message: bytes, fds: list[int]) -> None:
+    def twin_ended(self, channel: Channel, message: bytes, fds: list[int]) -> None:
         close_all(fds)
         self.end_twin()
         self.loop.later(1.0, self.spawn_twin)
@@ -2128,22 +2121,18 @@ class Keeper(Service):
 BIND_TIME = 5.0  # seconds in which a predecessor may give up its port or its lock
 CHECK_TIME = 10.0  # seconds for new code to read its configuration
 STOP_TIME = 5  # seconds for the farewells of a stop
-REPORT_TIME = 30  # seconds from its fork until a process must have reported
 THROTTLE = 2, 60  # seconds: the first delay and the longest
 INHERIT = "HIBERNATE_INHERIT"  # environment: {what: descriptors} that an exec keeps
 
 
-@dataclass(eq=False)
-class Child:
-    """A process as the master knows it."""
+class Child(Channel):
+    """A process as the master knows it, and the way to it."""
 
     slot: int
     process: Any  # of a keeper that was killed, if its survivor is at the other end now
     room: int  # until its first report: what it will have
-    born: int  # the tick of its fork
-    channel: Channel = field(init=False)
-    clients: int = 0
-    reported: bool = False
+    clients = 0
+    reported = False
 
 
 @dataclass(eq=False)
@@ -2156,7 +2145,7 @@ class Pool:
     listeners: list[list[socket.socket]]
     children: list[Child] = field(default_factory=list)
     delay: int = 0  # seconds, of the last throttle
-    rests: int = 0  # throttled, or all are full: for so many ticks neither fork nor listen
+    rests: float = 0  # throttled, or all are full: for so many ticks neither fork nor listen
     full: int = 0  # for how many seconds connections have found all full
     idle_low: int = 0  # fewest idle processes seen in this idle_kill interval
     covers: str = ""  # what the processes were told last, see balance()
@@ -2173,7 +2162,7 @@ class Pool:
 
     def tell(self, word: str, fd: int = -1) -> None:
         for child in self.children:
-            child.channel.tell(word, fd)
+            child.tell(word, fd)
 
 
 class Master:
@@ -2181,22 +2170,21 @@ class Master:
 
     def __init__(self, config: Config, ready: Callable[[Master], None] | None) -> None:
         """`ready` is called once, when all listen and every reserve has reported."""
-        self.config = config
-        self.ready = ready or (lambda master: None)
+        self.config, self.loop = config, Loop()
+        self.ready: Callable[[Master], None] | None = ready or (lambda master: None)
         inherited: dict[str, list[int]] = json.loads(os.environ.pop(INHERIT, "{}"))
         for fd in itertools.chain(*inherited.values()):
             os.set_inheritable(fd, False)  # or it would survive the next exec, unknown to all
         [self.lock] = inherited.pop("lock", [-1])
-        self.groups = {  # all listeners, see open_listeners()
+        self.groups = {  # see open_listeners()
             key: [socket.socket(fileno=fd) for fd in fds] for key, fds in inherited.items()
         }
-        self.loop = Loop()
         self.pools: list[Pool] = []
         users = {service.user for service in config.sections.values()} - {""}
         self.peers = {os.getuid(), *(pwd.getpwnam(user).pw_uid for user in users)}
-        self.ticks = self.stopping = 0  # seconds of its life; the one in which the end began
-        self.deserted = -math.inf  # after SIGQUIT: for so many ticks nobody has been connected
-        self.begun = False  # ready
+        self.ticks = 0
+        self.stopping = 0  # the tick after which all are killed
+        self.deserted = -math.inf  # ticks without a client, once the ports are released
 
     # From start to ready
 
@@ -2295,7 +2283,7 @@ class Master:
     def balance(self, pool: Pool) -> None:
         """Fork what the reserve asks for; listen exactly while no process has room."""
         limits = pool.settings
-        while len(pool.free()) < limits.process_min_avail and not self.rests(pool):
+        while len(pool.free()) < limits.process_min_avail and not pool.rests:
             if len(pool.children) >= limits.process_limit:
                 break
             self.spawn(pool)
@@ -2303,7 +2291,7 @@ class Master:
         pool.full = 0 if free else pool.full
         pool.idle_low = min(pool.idle_low, len(pool.idle()))
         for sock in pool.sockets():
-            events = READ * (not free and not self.rests(pool))
+            events = READ * (not free and not pool.rests)
             self.loop.watch(sock.fileno(), events, lambda *_: self.called(pool))
         # A SO_REUSEPORT socket whose process is full or missing would keep its share of new
         # connections waiting: siblings read it, too.
@@ -2312,9 +2300,6 @@ class Master:
         if covers != pool.covers:
             pool.covers = covers
             pool.tell(covers)
-
-    def rests(self, pool: Pool) -> bool:
-        return bool(self.stopping or pool.rests)
 
     def called(self, pool: Pool) -> None:
         """A connection waits, and no process has room."""
@@ -2340,8 +2325,8 @@ class Master:
             log.error("service %s: fork: %s", pool.role.name, error.strerror)
             return self.throttle(pool)
         theirs.close()
-        child = Child(slot, process, pool.settings.client_limit, self.ticks)
-        child.channel = Channel(self.loop, ours, partial(self.heard, pool, child))
+        child = Child(self.loop, ours, partial(self.heard, pool))
+        child.slot, child.process, child.room = slot, process, pool.settings.client_limit
         pool.children.append(child)
         pool.covers = ""  # nobody has told the new one
 
@@ -2355,40 +2340,40 @@ class Master:
         """The new process: put in order what the fork has copied, then be a service."""
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_IGN)  # a Ctrl-C reaches the whole process group
+        # With a copy of a sibling's channel, or of one to who asks, its peer would wait for the end.
+        known = [getattr(key.data, "__self__", None) for key in self.loop.keys.values()]
+        channels = [one.sock for one in known if isinstance(one, Channel)]
+        others = [sock for other in self.pools if other is not pool for sock in other.sockets()]
+        for sock in (ours, self.control, *channels, *others):
+            sock.close()
         self.loop.close()  # an epoll object is shared over fork: not even unregister in it
         os.close(self.lock)
-        siblings = [child.channel.sock for other in self.pools for child in other.children]
-        others = [sock for other in self.pools if other is not pool for sock in other.sockets()]
-        for sock in (ours, self.control, *siblings, *others):
-            sock.close()
-        kind = Keeper if pool.role.wakes else Service
-        kind(self, pool, slot).run(theirs)
+        (Keeper if pool.role.wakes else Service)(self, pool, slot).run(theirs)
 
     def heard(self, pool: Pool, child: Child, message: bytes, fds: list[int]) -> None:
         """A report. It can't be a stale one: each process has a channel of its own."""
         close_all(fds)
         try:
             child.room, child.clients = checked(message.decode(), (int, int))
-        except ValueError:
-            if message:  # it may have been taken over
-                log.error("service %s: nonsense from process %d", pool.role.name, child.process.pid)
+        except ValueError:  # the end; or nonsense, of one that has been taken over
+            if message:
                 child.process.kill()
-                child.channel.close()
             return self.bury(pool, child)
         if self.stopping:  # a survivor knows nothing of earlier words
-            child.channel.tell("stop")
+            child.tell("stop")
         child.reported, pool.delay = True, 0
         self.balance(pool)
-        if not self.begun and all(
+        if self.ready and all(
             sum(child.reported for child in pool.children) >= pool.settings.process_min_avail
             for pool in self.pools
         ):
-            self.begun = True
             notify("READY=1")
             self.ready(self)
+            self.ready = None
 
     def bury(self, pool: Pool, child: Child) -> None:
-        """Its channel has ended: neither the process nor a survivor is left."""
+        """Neither the process nor a survivor is left."""
+        child.close()
         pool.children.remove(child)
         child.process.join(1.0)
         if status := child.process.exitcode:
@@ -2397,7 +2382,6 @@ class Master:
         if not child.reported and not self.stopping:
             self.throttle(pool)
         self.balance(pool)
-        self.reap()
 
     def reap(self) -> None:
         """Collect the dead, whoever they were: ours, those of the last generation, survivors."""
@@ -2410,20 +2394,16 @@ class Master:
             self.loop.running = not self.stopping
 
     def tick(self) -> None:
-        """Once a second. It counts its own turns: that a machine, or just this process, was
-        stopped for a while is no evidence against a child."""
+        """Once a second. It counts its own turns: a clock would go on while this process, or the
+        machine, is stopped."""
         self.loop.later(1.0, self.tick)
         self.ticks += 1
         for pool in self.pools:
-            for child in pool.children:
-                if not child.reported and self.ticks - child.born > REPORT_TIME:
-                    log.error("service %s: no report of %d", pool.role.name, child.process.pid)
-                    child.process.kill()
             if self.ticks % max(1, round(pool.settings.idle_kill or 60)) == 0:
                 # As many as were idle all the time, above the reserve, end.
                 surplus = max(0, pool.idle_low - pool.settings.process_min_avail)
                 for child in pool.idle()[:surplus]:
-                    child.channel.tell("end-if-idle")
+                    child.tell("end-if-idle")
                 pool.idle_low = len(pool.idle())
             pool.rests = max(0, pool.rests - 1)
             self.balance(pool)
@@ -2432,21 +2412,19 @@ class Master:
         self.deserted = min(self.deserted, 0) if busy else self.deserted + 1
         if self.deserted >= 3:
             self.stop()
-        if self.stopping and self.ticks > self.stopping + STOP_TIME:
+        if self.stopping and self.ticks > self.stopping:
             self.kill(signal.SIGKILL)
 
     # What it is told
 
     def accept_control(self, fd: int, mask: int) -> None:
-        def heard(message: bytes, fds: list[int]) -> None:
-            close_all(fds)
-            self.command(channel, message.decode("utf-8", "replace"))
+        Channel(self.loop, self.control.accept()[0], self.command, SPEAK_TIME)
 
-        channel = Channel(self.loop, self.control.accept()[0], heard, SPEAK_TIME)
-
-    def command(self, channel: Channel, line: str) -> None:
-        name = line.partition(" ")[0]
+    def command(self, channel: Channel, message: bytes, fds: list[int]) -> None:
+        close_all(fds)
         channel.expire(0)
+        line = message.decode("utf-8", "replace")
+        name = line.partition(" ")[0]
         if name == "stop":
             self.stop()  # the channel's end will tell that it is done
         elif name == "reload":
@@ -2461,10 +2439,11 @@ class Master:
     def stop(self) -> None:
         """Now, with a farewell to every client."""
         if not self.stopping:
-            self.stopping = self.ticks
+            self.stopping = self.ticks + STOP_TIME
             log.info("stopping")
             notify("STOPPING=1")
             for pool in self.pools:
+                pool.rests = math.inf
                 self.balance(pool)  # which no longer listens
                 pool.tell("stop")
             self.kill(signal.SIGTERM)

@@ -2157,6 +2157,19 @@ def test_status_and_who_tell_what_is_going_on():
         awake.cmd("NOOP")
 
 
+def test_who_asks_while_a_process_is_forked_hears_the_end_of_the_answer():
+    with Server(allow="SIGKILL") as server:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.settimeout(4)
+            sock.connect(str(server.dir / "hibernate.run" / "master"))
+            before = server.pids("imap")
+            os.kill(before[0], signal.SIGKILL)
+            eventually(lambda: server.pids("imap") not in ([], before))
+            sock.send(b"status")
+            answer = b"".join(iter(lambda: sock.recv(1 << 20), b""))
+            assert answer.count(b'"service"') == 3, answer
+
+
 def test_stop_ends_the_server_and_then_nothing_is_running():
     with Server() as server:
         client = Imap(server, "alice")
