@@ -2232,25 +2232,22 @@ class Master:
         reference: in the master over an exec, in a process when it has accepted what waits."""
         groups = {}
         for service, settings in config.sections.items():
-            for name, listener in settings.sections.items():
-                address, port, shared = listener.address, listener.port, listener.reuse_port
-                key, wanted = f"{service}/{name} {address} {port}", 1
-                if shared:
-                    wanted = settings.process_limit
+            for name, row in settings.sections.items():
+                wanted, port = settings.process_limit if row.reuse_port else 1, row.port
+                key = f"{service}/{name} {row.address} {port}"
                 groups[key] = group = self.groups.get(key, [])[:wanted]
-                for sock in group if shared else ():  # or no second one could be bound
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
                 while len(group) < wanted:
-                    port = group[0].getsockname()[1] if group else port
-                    group.append(self.bind(address, port, shared))
+                    for sock in group:  # two on one port need the option both
+                        port = sock.getsockname()[1]
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                    family = socket.AF_INET6 if ":" in row.address else socket.AF_INET
+                    create = partial(
+                        socket.create_server, (row.address, port), family=family, backlog=4096,
+                        reuse_port=row.reuse_port,
+                    )  # fmt: skip
+                    group.append(self.persist(create, f"{row.address}:{port}"))
+                    group[-1].setblocking(False)
         return groups
-
-    def bind(self, address: str, port: int, shared: bool) -> socket.socket:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        create = partial(socket.create_server, (address, port), family=family, backlog=4096)
-        sock: socket.socket = self.persist(partial(create, reuse_port=shared), f"{address}:{port}")
-        sock.setblocking(False)
-        return sock
 
     def persist(self, attempt: Callable[[], Any], what: str) -> Any:
         """Try for some seconds, which only a master that serves nobody yet has; then Failure."""
@@ -2282,10 +2279,8 @@ class Master:
 
     def balance(self, pool: Pool) -> None:
         """Fork what the reserve asks for; listen exactly while no process has room."""
-        limits = pool.settings
-        while len(pool.free()) < limits.process_min_avail and not pool.rests:
-            if len(pool.children) >= limits.process_limit:
-                break
+        least, most = pool.settings.process_min_avail, pool.settings.process_limit
+        while len(pool.free()) < least and len(pool.children) < most and not pool.rests:
             self.spawn(pool)
         free = pool.free()
         pool.full = 0 if free else pool.full
@@ -2426,15 +2421,14 @@ class Master:
         line = message.decode("utf-8", "replace")
         name = line.partition(" ")[0]
         if name == "stop":
-            self.stop()  # the channel's end will tell that it is done
-        elif name == "reload":
-            self.reload(channel)
-        else:
-            for pool in self.pools if name in ("who", "status", "kick") else ():
-                if name == "status" and pool.delay:
-                    channel.tell(compact({"service": pool.role.name, "delay": pool.delay}) + "\n")
-                pool.tell(line, channel.sock.fileno())
-            channel.close()
+            return self.stop()  # the channel's end will tell that it is done
+        if name == "reload":
+            self.reload(channel.tell)
+        for pool in self.pools if name in ("who", "status", "kick") else ():
+            if name == "status" and pool.delay:
+                channel.tell(compact({"service": pool.role.name, "delay": pool.delay}) + "\n")
+            pool.tell(line, channel.sock.fileno())
+        channel.close()
 
     def stop(self) -> None:
         """Now, with a farewell to every client."""
@@ -2466,7 +2460,7 @@ class Master:
             pool.listeners = []
         self.groups, self.deserted = {}, 0
 
-    def reload(self, channel: Channel | None = None) -> None:
+    def reload(self, tell: Callable[[str], None] = lambda word: None) -> None:
         """Become the new code and the new settings: same pid, same ports, same children. As long
         as there is a way back a new process checks file and code, and what is added is bound."""
         if self.stopping:
@@ -2475,30 +2469,27 @@ class Master:
         # 40 ms of the exec killed it.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        command, pipe = [sys.executable, *sys.orig_argv[1:]], subprocess.PIPE
+        command = [sys.executable, *sys.orig_argv[1:]]
         try:
             check = subprocess.run(
-                [*command, "--check"], stdout=pipe, stderr=subprocess.STDOUT, timeout=CHECK_TIME
-            )
+                [*command, "--check"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                timeout=CHECK_TIME,
+            )  # fmt: skip
             if check.returncode:
                 text = check.stdout[:4000].decode("utf-8", "replace").strip()
                 raise ConfigError(text or f"the check ended with {check.returncode}")
             groups = self.open_listeners(Config(self.config.program, self.config.path))
-            groups["master"] = [self.control]
             fds = {key: [sock.fileno() for sock in group] for key, group in groups.items()}
-            fds["lock"] = [self.lock]
+            fds |= {"lock": [self.lock], "master": [self.control.fileno()]}
             for fd in itertools.chain(*fds.values()):
                 os.set_inheritable(fd, True)
             os.environ[INHERIT] = json.dumps(fds)
             log.info("reloading")
-            if channel:
-                channel.tell("reloading")
+            tell("reloading")
             os.execv(command[0], command)
         except (Failure, OSError, subprocess.TimeoutExpired) as error:
             log.error("refused: %s", error)
-            if channel:
-                channel.tell(f"refused: {error}")
-                channel.close()
+            tell(f"refused: {error}")
         notify("READY=1")
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
 
