@@ -523,10 +523,9 @@ class Channel:
     end of the channel, by the peer or after `timeout` seconds of silence, and comes once.
     """
 
-    timer: Timer | None = None
-
     def __init__(self, loop: Loop, sock: socket.socket, heard: Heard, timeout: float = 0) -> None:
         self.loop, self.sock, self.heard = loop, sock, heard
+        self.timer: Timer | None = None
         sock.setblocking(False)
         self.expire(timeout)
         loop.watch(sock.fileno(), READ, self.readable)
@@ -2478,7 +2477,10 @@ class Master:
             if check.returncode:
                 text = check.stdout[:4000].decode("utf-8", "replace").strip()
                 raise ConfigError(text or f"the check ended with {check.returncode}")
-            groups = self.open_listeners(Config(self.config.program, self.config.path))
+            config = Config(self.config.program, self.config.path)
+            if config.base_dir != self.config.base_dir:
+                config.fail(config.lines["base_dir"], "base_dir can't change: sessions live in it")
+            groups = self.open_listeners(config)
             fds = {key: [sock.fileno() for sock in group] for key, group in groups.items()}
             fds |= {"lock": [self.lock], "master": [self.control.fileno()]}
             for fd in itertools.chain(*fds.values()):

@@ -1166,6 +1166,15 @@ def test_when_all_log_in_processes_are_full_the_oldest_that_has_not_tried_gives_
         assert limit_warnings(server)
 
 
+def test_with_reuse_port_full_log_in_processes_make_room_as_well():
+    limits = "service imap-login {\n client_limit = 5\n process_limit = 2\n process_min_avail = 2\n}"
+    with Server(limits, listener="port = 0\n reuse_port = yes") as server:
+        idle = [Imap(server) for _ in range(10)]
+        with Imap(server, "alice") as newcomer:
+            newcomer.cmd("NOOP")
+        assert any(not client.silent() for client in idle) and limit_warnings(server)
+
+
 def test_a_log_in_that_finds_all_workers_full_waits_and_is_done_when_there_is_room():
     limits = "service imap {\n client_limit = 2\n process_limit = 1\n}\nimap_hibernate_timeout = 0"
     with Server(limits) as server:
@@ -1647,6 +1656,13 @@ def test_a_reload_brings_listeners_in_and_out_and_refuses_a_port_in_use():
         assert server.run("reload").returncode == 0
         eventually(lambda: len(listening(server.port)) == 4 and not listening(port))
         assert all(Imap(server).greeting.startswith("* OK") for _ in range(40))
+        server.configuration.write_text(base.replace(opening, shared) + FOUR.replace("4", "2"))
+        assert server.run("reload").returncode == 0
+        eventually(lambda: len(listening(server.port)) == 2)
+        assert all(Imap(server).greeting.startswith("* OK") for _ in range(40))
+        server.configuration.write_text(f"base_dir = elsewhere\n{base}")
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: re.search(r"refused: .*:1: base_dir can't change", server.log()))
         server.configuration.write_text(base)
         assert server.run("reload").returncode == 0
         eventually(lambda: len(listening(server.port)) == 1)
