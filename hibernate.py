@@ -2212,18 +2212,16 @@ class Master:
         self.loop.run()
 
     def prepare_directory(self) -> None:
-        """base_dir, its lock (lockf: a fork does not inherit it, an exec keeps it), the key."""
+        """base_dir and its key, which is its lock, too: by lockf, as a fork does not inherit that
+        and an exec keeps it. Nobody in this process may open and close the key meanwhile."""
         base = self.config.base_dir
         os.makedirs(base, exist_ok=True)
         os.chmod(base, 0o711 if len(self.peers) > 1 else 0o700)
         if self.lock < 0:
-            self.lock = os.open(os.path.join(base, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
+            self.lock = os.open(os.path.join(base, "key"), os.O_RDWR | os.O_CREAT, 0o600)
             self.persist(lambda: fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB), base)
-        path = os.path.join(base, "key")
-        if not os.path.exists(path):
-            with open(os.open(path + ".new", os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
-                file.write(secrets.token_bytes(32))
-            os.rename(path + ".new", path)
+        if os.fstat(self.lock).st_size < 32:
+            os.pwrite(self.lock, secrets.token_bytes(32), 0)
 
     def open_listeners(self, config: Config) -> dict[str, list[socket.socket]]:
         """For each listener of `config` one socket, or one SO_REUSEPORT socket a slot: those that
@@ -2334,7 +2332,7 @@ class Master:
         """The new process: put in order what the fork has copied, then be a service."""
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_IGN)  # a Ctrl-C reaches the whole process group
-        # With a copy of a sibling's channel, or of one to who asks, its peer would wait for the end.
+        # With a copy of a channel, to a sibling or to who asks, its peer would not see its end.
         known = [getattr(key.data, "__self__", None) for key in self.loop.keys.values()]
         channels = [one.sock for one in known if isinstance(one, Channel)]
         others = [sock for other in self.pools if other is not pool for sock in other.sockets()]
