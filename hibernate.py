@@ -548,10 +548,9 @@ class Channel:
     def readable(self, fd: int, mask: int) -> None:
         with contextlib.suppress(BlockingIOError):
             message, fds = receive(self.sock)
-            if message:
-                self.heard(self, message, fds)
-            else:
-                self.finish()
+            if not message:
+                self.close()
+            self.heard(self, message, fds)
 
     def finish(self) -> None:
         """Close, and tell this side that the channel has ended."""
@@ -656,12 +655,10 @@ def seal(key: bytes, name: str, state: str) -> str:
     return base64.b64encode(hashlib.blake2s(text, key=key, digest_size=15).digest()).decode()
 
 
-def ticket(
-    key: bytes, name: str, sid: str, user: str, remote: str, home: str, own: list[Any]
-) -> tuple[str, str]:
+def ticket(key: bytes, name: str, sid: str, user: str, remote: str, home: str) -> tuple[str, str]:
     """(state, seal) of a log-in, good for this connection and for TICKET_TIME seconds."""
     now = int(time.time())
-    state = compact(State(now + TICKET_TIME, sid, user, now, remote, home, [], own))
+    state = compact(State(now + TICKET_TIME, sid, user, now, remote, home, [], []))
     return state, seal(key, name, state)
 
 
@@ -2230,19 +2227,18 @@ class Master:
         groups = {}
         for service, settings in config.sections.items():
             for name, row in settings.sections.items():
-                wanted, port = settings.process_limit if row.reuse_port else 1, row.port
-                key = f"{service}/{name} {row.address} {port}"
+                address, port, shared = row.address, row.port, row.reuse_port
+                family = socket.AF_INET6 if ":" in address else socket.AF_INET
+                make = partial(socket.create_server, family=family, backlog=4096, reuse_port=shared)
+                wanted = settings.process_limit if shared else 1
+                key = f"{service}/{name} {address} {port}"
                 groups[key] = group = self.groups.get(key, [])[:wanted]
                 while len(group) < wanted:
                     for sock in group:  # two on one port need the option both
                         port = sock.getsockname()[1]
                         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                    family = socket.AF_INET6 if ":" in row.address else socket.AF_INET
-                    create = partial(
-                        socket.create_server, (row.address, port), family=family, backlog=4096,
-                        reuse_port=row.reuse_port,
-                    )  # fmt: skip
-                    group.append(self.persist(create, f"{row.address}:{port}"))
+                    bind = partial(make, (address, port))
+                    group.append(self.persist(bind, f"{address}:{port}"))
                     group[-1].setblocking(False)
         return groups
 
@@ -2468,12 +2464,9 @@ class Master:
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         command = [sys.executable, *sys.orig_argv[1:]]
         try:
-            check = subprocess.run(
-                [*command, "--check"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                timeout=CHECK_TIME,
-            )  # fmt: skip
+            check = subprocess.run([*command, "--check"], capture_output=True, timeout=CHECK_TIME)
             if check.returncode:
-                text = check.stdout[:4000].decode("utf-8", "replace").strip()
+                text = check.stderr[:4000].decode("utf-8", "replace").strip()
                 raise ConfigError(text or f"the check ended with {check.returncode}")
             config = Config(self.config.program, self.config.path)
             if config.base_dir != self.config.base_dir:
@@ -3657,7 +3650,7 @@ class AuthSession(Session):
             log.info("<%s> auth: wrong password or no such user: %.64r", sid, name)
             return ["no", REFUSED]
         home = home if os.path.isabs(home) else home_of(self.config, user)
-        return ["ok", user, *ticket(self.key, identity, sid, user, remote, home, [])]
+        return ["ok", user, *ticket(self.key, identity, sid, user, remote, home)]
 
 
 class BadCommand(Exception):
