@@ -416,7 +416,7 @@ class Loop:
         def heard(fd: int, mask: int) -> None:
             # The lowest number last: SIGHUP may end in an exec, which hears of no other.
             for number in sorted(os.read(fd, 4096), reverse=True):
-                table[number]()
+                table.get(number, lambda: None)()  # all signals with a handler come this way
 
         for number in table:
             signal.signal(number, lambda *_: None)
