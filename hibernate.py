@@ -503,17 +503,16 @@ def close_all(fds: Iterable[int]) -> None:
 def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     """One message and its descriptors; b"" is the end. BlockingIOError, TimeoutError: not yet."""
     # Not socket.recv_fds(): it ignores its flags. MSG_CMSG_CLOEXEC comes back in `flags`.
-    size, fds = socket.CMSG_SPACE(8 * 4), array("i")
+    size = socket.CMSG_SPACE(8 * 4)
     try:
         message, rights, flags, _ = sock.recvmsg(RECORD_LIMIT, size, socket.MSG_CMSG_CLOEXEC)
     except ConnectionError:
         return b"", []
-    for _, _, data in rights:
-        fds.frombytes(data)
+    fds = [fd for _, _, data in rights for fd in array("i", data)]
     if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or not message:
         close_all(fds)  # near the descriptor limit a message arrives without its descriptor
         return message, []
-    return message, list(fds)
+    return message, fds
 
 
 class Channel:
@@ -2416,7 +2415,7 @@ class Master:
         if name == "stop":
             return self.stop()  # the channel's end will tell that it is done
         if name == "reload":
-            self.reload(channel.tell)
+            self.reload(channel.tell)  # comes back only if it is refused
         for pool in self.pools if name in ("who", "status", "kick") else ():
             if name == "status" and pool.delay:
                 channel.tell(compact({"service": pool.role.name, "delay": pool.delay}) + "\n")
