@@ -415,8 +415,9 @@ class Loop:
         """From now on a signal of `table` is a call from this loop."""
 
         def heard(fd: int, mask: int) -> None:
-            for number in os.read(fd, 4096):
-                table.get(number, lambda: None)()
+            # The lowest number last: SIGHUP may end in an exec, which hears of no other.
+            for number in sorted(os.read(fd, 4096), reverse=True):
+                table.get(number, lambda: None)()  # all signals with a handler come this way
 
         for number in table:
             signal.signal(number, lambda *_: None)
@@ -448,6 +449,7 @@ class Loop:
 
     def close(self) -> None:
         """For a forked child: what it has copied is still the parent's."""
+        signal.set_wakeup_fd(-1)
         self.selector.close()
         close_all(self.bell)
 
@@ -461,7 +463,7 @@ class Loop:
 # ------------------------------------------------------------------------------------------------
 
 SO_COOKIE = 57  # Linux: a number that no other socket of this boot has, socket(7)
-Heard = Callable[[bytes, list[int]], None]
+Heard = Callable[[Any, bytes, list[int]], None]  # the first one is the Channel
 
 
 def end_socket(sock: socket.socket) -> None:
@@ -502,26 +504,23 @@ def close_all(fds: Iterable[int]) -> None:
 def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     """One message and its descriptors; b"" is the end. BlockingIOError, TimeoutError: not yet."""
     # Not socket.recv_fds(): it ignores its flags. MSG_CMSG_CLOEXEC comes back in `flags`.
-    size, fds = socket.CMSG_SPACE(8 * 4), array("i")
+    size = socket.CMSG_SPACE(8 * 4)
     try:
         message, rights, flags, _ = sock.recvmsg(RECORD_LIMIT, size, socket.MSG_CMSG_CLOEXEC)
-    except (BlockingIOError, TimeoutError):
-        raise
-    except OSError:
+    except ConnectionError:
         return b"", []
-    for _, _, data in rights:
-        fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    fds = [fd for _, _, data in rights for fd in array("i", data)]
     if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or not message:
         close_all(fds)  # near the descriptor limit a message arrives without its descriptor
         return message, []
-    return message, list(fds)
+    return message, fds
 
 
 class Channel:
     """One SEQPACKET connection between two processes.
 
-    heard(message, fds) is called for each message and owns its descriptors; b"" is the end of the
-    channel, by the peer or after `timeout` seconds of silence, and comes once.
+    heard(channel, message, fds) is called for each message and owns its descriptors; b"" is the
+    end of the channel, by the peer or after `timeout` seconds of silence, and comes once.
     """
 
     def __init__(self, loop: Loop, sock: socket.socket, heard: Heard, timeout: float = 0) -> None:
@@ -541,23 +540,25 @@ class Channel:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))]
         self.sock.sendmsg([message], rights if fd >= 0 else [])
 
+    def tell(self, word: str, fd: int = -1) -> None:
+        """Send it, unless the other end is gone, or is stopped and has not read for long."""
+        with contextlib.suppress(OSError):
+            self.send(word.encode(), fd)
+
     def readable(self, fd: int, mask: int) -> None:
         with contextlib.suppress(BlockingIOError):
             message, fds = receive(self.sock)
-            if message:
-                self.heard(message, fds)
-            else:
-                self.finish()
+            if not message:
+                self.close()
+            self.heard(self, message, fds)
 
     def finish(self) -> None:
         """Close, and tell this side that the channel has ended."""
-        heard = self.heard
         self.close()
-        heard(b"", [])
+        self.heard(self, b"", [])
 
     def close(self) -> None:
         """Close without a word; at any time, and twice."""
-        self.heard = lambda message, fds: None  # or it and the channel would keep each other
         self.expire(0)
         if self.sock.fileno() >= 0:
             self.loop.unwatch(self.sock.fileno())
@@ -582,6 +583,21 @@ RETRIED_ERRORS = "EAGAIN ECONNREFUSED ECONNRESET ENOENT ETOOMANYREFS EPIPE EMFIL
 RETRIED = {"full", "busy", "lost", *RETRIED_ERRORS.split()}  # any other reason is final
 
 
+def compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def checked(text: str, kinds: tuple[type, ...]) -> list[Any]:
+    """The JSON array `text`, as long as `kinds` and of these types; else ValueError."""
+    try:
+        row = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(row, list) or [type(item) for item in row[: len(kinds)]] != [*kinds]:
+        raise ValueError("not the fields that are expected")
+    return row[: len(kinds)]
+
+
 class State(NamedTuple):
     """The sealed part of a record: who the session is, and its protocol's own state."""
 
@@ -598,10 +614,8 @@ class State(NamedTuple):
     def decode(cls, text: str) -> State:
         """ValueError unless each field has its type: a keeper can't check the seal."""
         state = cls(*checked(text, (int, str, str, int, str, str, list, list)))
-        folder, *times = state.watch or [""]
-        if [type(item) for item in (folder, *times)] != [str] + [int] * len(times):
-            raise ValueError("a watch that is none")
-        if folder == ".." or re.search(r"[/\0]", folder):
+        folder = state.watch[0] if state.watch else ""
+        if not isinstance(folder, str) or folder == ".." or re.search(r"[/\0]", folder):
             raise ValueError("a watch outside of home")
         return state
 
@@ -634,21 +648,6 @@ class Record(NamedTuple):
         return cls(*row)
 
 
-def compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
-
-
-def checked(text: str, kinds: tuple[type, ...]) -> list[Any]:
-    """The JSON array `text`, as long as `kinds` and of these types; else ValueError."""
-    try:
-        row = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(row, list) or [type(item) for item in row[: len(kinds)]] != [*kinds]:
-        raise ValueError("not the fields that are expected")
-    return row[: len(kinds)]
-
-
 def seal(key: bytes, name: str, state: str) -> str:
     """What a taken-over log-in process or keeper can't make: `state`'s bytes, bound to the very
     connection that identity() calls `name`."""
@@ -656,12 +655,10 @@ def seal(key: bytes, name: str, state: str) -> str:
     return base64.b64encode(hashlib.blake2s(text, key=key, digest_size=15).digest()).decode()
 
 
-def ticket(
-    key: bytes, name: str, sid: str, user: str, remote: str, home: str, own: list[Any]
-) -> tuple[str, str]:
+def ticket(key: bytes, name: str, sid: str, user: str, remote: str, home: str) -> tuple[str, str]:
     """(state, seal) of a log-in, good for this connection and for TICKET_TIME seconds."""
     expires, since = int(time.monotonic()) + TICKET_TIME, int(time.time())
-    state = compact(State(expires, sid, user, since, remote, home, [], own))
+    state = compact(State(expires, sid, user, since, remote, home, [], []))
     return state, seal(key, name, state)
 
 
@@ -684,8 +681,9 @@ class Mover:
     def give(self, fd: int, service: str, patience: float, question: bytes = b"") -> None:
         """Hand the session over to `service`: ends in given() or, after `patience`, in kept().
         With a question nothing is handed over: kept() tells the answer, or ""."""
-        self.target[fd] = service, time.monotonic() + patience, question
-        heapq.heappush(self.queue, (self.target[fd][1], fd))
+        deadline = time.monotonic() + patience
+        self.target[fd] = service, deadline, question
+        heapq.heappush(self.queue, (deadline, fd))
         self.pump()
 
     def keep(self, fd: int) -> None:
@@ -714,7 +712,7 @@ class Mover:
             except OSError as error:
                 self.refused(fd, errno.errorcode.get(error.errno or 0, "?"))
 
-    def answered(self, fd: int, reply: bytes, fds: list[int]) -> None:
+    def answered(self, fd: int, channel: Channel, reply: bytes, fds: list[int]) -> None:
         close_all(fds)
         if reply and self.target[fd][2]:
             self.keep(fd)
@@ -722,7 +720,7 @@ class Mover:
         elif reply == b"+":
             self.owner.leaving(fd)
             try:
-                self.channels[fd].send(b"!")
+                channel.send(b"!")
             except OSError:
                 self.refused(fd, "lost")
             else:
@@ -730,20 +728,19 @@ class Mover:
                 self.owner.given(fd)
         else:
             self.refused(fd, reply[1:80].decode("ascii", "replace") or "lost")
-        self.pump()
 
     def refused(self, fd: int, reason: str) -> None:
         self.refusals[reason] += 1
-        target, now = self.target[fd], time.monotonic()
+        service, deadline, question = self.target[fd]
         self.keep(fd)
-        if reason not in RETRIED or now >= target[1]:
-            self.owner.kept(fd, "" if target[2] else reason)
+        now = time.monotonic()
+        if reason not in RETRIED or now >= deadline:
+            self.owner.kept(fd, "" if question else reason)
             return
-        self.target[fd] = target
-        heapq.heappush(self.queue, (target[1], fd))
         if now >= self.resume_at:
             self.resume_at = now + RETRY_TIME
             self.loop.later(RETRY_TIME, self.pump)
+        self.give(fd, service, deadline - now, question)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1215,12 +1212,11 @@ class Service:
     between "+" and "!": here a Client, in a keeper less.
     """
 
-    def __init__(self, master: Master, pool: Pool, slot: int, generation: int) -> None:
+    def __init__(self, master: Master, pool: Pool, slot: int) -> None:
         self.config = master.config
         self.role = pool.role
         self.peers = master.peers
         self.slot = slot
-        self.generation = generation
         self.inbox = pool.inbox
         self.groups = pool.listeners  # one a listener: one socket, or one for each slot
         self.limit: int = min(pool.settings.client_limit, file_limit() - RESERVE)
@@ -1307,15 +1303,13 @@ class Service:
             self.update()
 
     def report(self) -> None:
-        """Room 0 ↔ non-0 at once, the rest once a second; the generation shows a stale one."""
+        """Room 0 ↔ non-0 at once, the rest once a second."""
         if self.report_timer:
             self.report_timer.cancel()
             self.report_timer = None
         self.told = max(0, self.room()), self.count()
-        with contextlib.suppress(OSError):  # the channel's end will say so
-            if self.master:
-                report = [self.generation, *self.told, os.getpid()]
-                self.master.send(compact(report).encode())
+        if self.master:
+            self.master.tell(compact(self.told))
         if self.config.verbose_proctitle:
             unit = self.role.unit and f" [{self.count()} {self.role.unit}]"
             self.title.set(f"{self.config.program.name}/{self.role.name}{unit}")
@@ -1385,12 +1379,7 @@ class Service:
 
     def expect(self, sock: socket.socket, held: Any, timeout: float) -> None:
         """Listen to a sender: for its record, or, if that is held, for its "!"."""
-
-        def heard(message: bytes, fds: list[int]) -> None:
-            self.arriving(channel, message, fds)
-
-        channel = Channel(self.loop, sock, heard, timeout)
-        self.arrivals[channel] = held
+        self.arrivals[Channel(self.loop, sock, self.arriving, timeout)] = held
 
     def trusts(self, sock: socket.socket) -> bool:
         """Is the peer one of our processes? The kernel knows its user: SO_PEERCRED, unix(7)."""
@@ -1418,8 +1407,7 @@ class Service:
                 if str(error) not in RETRIED | {"changed"}:
                     log.warning("a session was refused: %.70s", error)
                 word = f"-{error}"[:80]
-            with contextlib.suppress(OSError):  # a sender that has left: its end comes next
-                channel.send(word.encode())
+            channel.tell(word)  # a sender that has left: its end comes next
             return
         del self.arrivals[channel]
         channel.close()
@@ -1535,7 +1523,7 @@ class Service:
 
     # Words of the master, and its end
 
-    def word(self, message: bytes, fds: list[int]) -> None:
+    def word(self, channel: Channel, message: bytes, fds: list[int]) -> None:
         name, _, rest = message.decode().partition(" ")
         if not message:
             self.master = None
@@ -1691,7 +1679,7 @@ class Slot(ctypes.Structure):
     ]  # of a CHANNEL, `text` is the number of the descriptor that is offered on it
 
     def fill(self, **fields: Any) -> None:
-        """In place: an array to which a Slot is assigned keeps 300 bytes more for each, for ever."""
+        """In place: an array to which a Slot is assigned keeps 300 bytes for it for ever."""
         for name, value in fields.items():
             setattr(self, name, value)
 
@@ -1716,8 +1704,8 @@ def slot_text(*lines: str) -> bytes:
 class Keeper(Service):
     """Thousands of sleepers: keepalive, watch, wake."""
 
-    def __init__(self, master: Master, pool: Pool, slot: int, generation: int) -> None:
-        super().__init__(master, pool, slot, generation)
+    def __init__(self, master: Master, pool: Pool, slot: int) -> None:
+        super().__init__(master, pool, slot)
         count = min(file_limit(), self.limit + 4 * RESERVE)
         self.memory = mmap.mmap(-1, count * ctypes.sizeof(Slot))
         self.slots = (Slot * count).from_buffer(self.memory)
@@ -2000,7 +1988,7 @@ class Keeper(Service):
                 theirs.close()
                 self.twin = process, Channel(self.loop, ours, self.twin_ended)
 
-    def twin_ended(self, message: bytes, fds: list[int]) -> None:
+    def twin_ended(self, channel: Channel, message: bytes, fds: list[int]) -> None:
         close_all(fds)
         self.end_twin()
         self.loop.later(1.0, self.spawn_twin)
@@ -2044,7 +2032,6 @@ class Keeper(Service):
     def guard(self, ours: socket.socket, theirs: socket.socket) -> None:
         """The twin. Each number that it uses itself is in use in the keeper, too, so that no
         session can have it: hence no selector, and the channel under the keeper's number."""
-        signal.set_wakeup_fd(-1)
         past = self.loop, self.mover, self.arrivals, self.clients  # no destructor may close a
         os.dup2(theirs.fileno(), ours.fileno(), inheritable=False)  # number that is another's now
         theirs.close()
@@ -2138,29 +2125,26 @@ class Keeper(Service):
 #
 # Opens the listeners, forks, reaps, throttles. It never reads a client's bytes and never holds a
 # client's descriptor. While a service has a process with room it does not listen for it; when none
-# has, it does, and forks upon a connection: balance() alone decides that. A reload is an exec: the
-# children see their channel end, as if the master had been killed, and hand over to what comes.
-# Here the engine ends.
+# has, it does, and forks upon a connection: balance() alone decides that. What depends on time is
+# seen to once a second, by tick(). A reload is an exec: the children see their channel end, as if
+# the master had been killed, and hand over to what comes. Here the engine ends.
 # ------------------------------------------------------------------------------------------------
 
 BIND_TIME = 5.0  # seconds in which a predecessor may give up its port or its lock
-STOP_TIME = 5.0  # seconds for the farewells of a stop
-REPORT_TIME = 30.0  # seconds from its fork until a process must have reported
-THROTTLE = 2.0, 60.0  # seconds: the first delay and the longest
-INHERIT = "HIBERNATE_INHERIT"  # environment: what one generation leaves to the next
+CHECK_TIME = 10.0  # seconds for new code to read its configuration
+STOP_TIME = 5  # seconds for the farewells of a stop
+THROTTLE = 2, 60  # seconds: the first delay and the longest
+INHERIT = "HIBERNATE_INHERIT"  # environment: {what: descriptors} that an exec keeps
 
 
-@dataclass(eq=False)
-class Child:
-    """A process as the master knows it."""
+class Child(Channel):
+    """A process as the master knows it, and the way to it."""
 
     slot: int
+    process: Any  # of a keeper that was killed, if its survivor is at the other end now
     room: int  # until its first report: what it will have
-    process: Any
-    pid: int  # of its survivor, if it was a keeper
-    channel: Channel = field(init=False)
-    clients: int = 0
-    reported: bool = False
+    clients = 0
+    reported = False
 
 
 @dataclass(eq=False)
@@ -2172,23 +2156,24 @@ class Pool:
     inbox: socket.socket
     listeners: list[list[socket.socket]]
     children: list[Child] = field(default_factory=list)
-    delay: float = 0.0  # seconds, of the last throttle
-    rests_until: float = 0.0  # throttled, or all are full: neither fork nor listen until then
+    delay: int = 0  # seconds, of the last throttle
+    rests: float = 0  # throttled, or all are full: for so many ticks neither fork nor listen
     full: int = 0  # for how many seconds connections have found all full
     idle_low: int = 0  # fewest idle processes seen in this idle_kill interval
+
+    def sockets(self) -> list[socket.socket]:
+        return [self.inbox, *itertools.chain(*self.listeners)]
+
+    def free(self) -> set[int]:
+        """The slots of processes with room."""
+        return {child.slot for child in self.children if child.room > 0}
 
     def idle(self) -> list[Child]:
         return [child for child in self.children if child.reported and not child.clients]
 
     def tell(self, word: str, fd: int = -1) -> None:
         for child in self.children:
-            tell(child.channel, word, fd)
-
-
-def tell(channel: Channel, word: str, fd: int = -1) -> None:
-    """Say it, unless the other end is gone or stopped."""
-    with contextlib.suppress(OSError):
-        channel.send(word.encode(), fd)
+            child.tell(word, fd)
 
 
 class Master:
@@ -2196,38 +2181,35 @@ class Master:
 
     def __init__(self, config: Config, ready: Callable[[Master], None] | None) -> None:
         """`ready` is called once, when all listen and every reserve has reported."""
-        self.config = config
-        self.ready = ready
-        inherited: list[Any] = json.loads(os.environ.pop(INHERIT, "[-1, 0, [], {}]"))
-        self.lock, self.generation, old_pids, listeners = inherited
-        self.old_pids: set[int] = set(old_pids)
-        self.groups: dict[str, list[socket.socket]] = {  # all listeners, see open_group()
-            key: [socket.socket(fileno=fd) for fd in fds] for key, fds in listeners.items()
+        self.config, self.loop = config, Loop()
+        self.ready: Callable[[Master], None] | None = ready or (lambda master: None)
+        inherited: dict[str, list[int]] = json.loads(os.environ.pop(INHERIT, "{}"))
+        for fd in itertools.chain(*inherited.values()):
+            os.set_inheritable(fd, False)  # or it would survive the next exec, unknown to all
+        [self.lock] = inherited.pop("lock", [-1])
+        self.groups = {  # see open_listeners()
+            key: [socket.socket(fileno=fd) for fd in fds] for key, fds in inherited.items()
         }
-        self.loop = Loop()
         self.pools: list[Pool] = []
         users = {service.user for service in config.sections.values()} - {""}
         self.peers = {os.getuid(), *(pwd.getpwnam(user).pw_uid for user in users)}
-        self.stopping = False
-        self.check: tuple[subprocess.Popen[bytes], Channel | None] | None = None
-        self.context = multiprocessing.get_context("fork")
+        self.ticks = 0
+        self.stopping = 0  # the tick after which all are killed
+        self.deserted = -math.inf  # ticks without a client, once the ports are released
 
     # From start to ready
 
     def run(self) -> None:
         self.prepare_directory()
-        # All of them before any fork: a process inherits its service's whole group.
-        groups = self.open_listeners(self.config, BIND_TIME)
-        wanted = [id(group) for group in itertools.chain(*groups.values())]
-        for key, group in list(self.groups.items()):
-            if id(group) not in wanted:  # gone from the configuration
-                for sock in self.groups.pop(key):
-                    sock.close()
-        for role in self.config.program.roles:
-            settings, inbox = self.config.sections[role.name], self.open_inbox(role.name)
-            self.pools.append(Pool(role, settings, inbox, groups[role.name]))
-        self.control = self.open_inbox("master")
+        # Over an exec who asks waits for the answer.
+        [self.control] = self.groups.get("master") or [self.open_inbox("master")]
         self.loop.watch(self.control.fileno(), READ, self.accept_control)
+        # All of them before any fork: a process inherits its service's whole group.
+        self.groups = self.open_listeners(self.config)
+        for role in self.config.program.roles:
+            groups = [group for key, group in self.groups.items() if key.split("/")[0] == role.name]
+            settings, inbox = self.config.sections[role.name], self.open_inbox(role.name)
+            self.pools.append(Pool(role, settings, inbox, groups))
         gc.collect()
         gc.freeze()  # a collection in a child would unshare every page that it counts on
         self.loop.on_signals({
@@ -2238,56 +2220,56 @@ class Master:
         Title(f"{self.config.program.name}/master")
         with contextlib.suppress(AttributeError):
             ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: survivors are ours
-        for pool in self.pools:
-            self.balance(pool)
-            self.end_idle(pool)
-        self.reap()
+        self.tick()
         self.loop.run()
 
     def prepare_directory(self) -> None:
-        """base_dir, its lock (lockf: a fork does not inherit it, an exec keeps it), the key."""
+        """base_dir and its key, which is its lock, too: by lockf, as a fork does not inherit that
+        and an exec keeps it. Nobody in this process may open and close the key meanwhile."""
         base = self.config.base_dir
         os.makedirs(base, exist_ok=True)
         os.chmod(base, 0o711 if len(self.peers) > 1 else 0o700)
         if self.lock < 0:
-            self.lock = os.open(os.path.join(base, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
-            persist(lambda: fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB), base)
-        path = os.path.join(base, "key")
-        if not os.path.exists(path):
-            with open(os.open(path + ".new", os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
-                file.write(secrets.token_bytes(32))
-            os.rename(path + ".new", path)
+            self.lock = os.open(os.path.join(base, "key"), os.O_RDWR | os.O_CREAT, 0o600)
+            self.persist(lambda: fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB), base)
+        if os.fstat(self.lock).st_size < 32:
+            os.pwrite(self.lock, secrets.token_bytes(32), 0)
 
-    def open_listeners(
-        self, config: Config, patience: float
-    ) -> dict[str, list[list[socket.socket]]]:
-        """{service: groups} of `config`: what is open already, and what has to be bound."""
-        return {
-            service: [
-                self.open_group(f"{service}/{name}", listener, patience, settings.process_limit)
-                for name, listener in settings.sections.items()
-            ] for service, settings in config.sections.items()
-        }  # fmt: skip
+    def open_listeners(self, config: Config) -> dict[str, list[socket.socket]]:
+        """For each listener of `config` one socket, or one SO_REUSEPORT socket a slot: those that
+        are open, and new ones. One that is in no such table any more is closed by its last
+        reference: in the master over an exec, in a process when it has accepted what waits."""
+        groups = {}
+        for service, settings in config.sections.items():
+            for name, row in settings.sections.items():
+                address, port, shared = row.address, row.port, row.reuse_port
+                family = socket.AF_INET6 if ":" in address else socket.AF_INET
+                make = partial(socket.create_server, family=family, backlog=4096, reuse_port=shared)
+                wanted = settings.process_limit if shared else 1
+                key = f"{service}/{name} {address} {port}"
+                groups[key] = group = self.groups.get(key, [])[:wanted]
+                while len(group) < wanted:
+                    for sock in group:  # two on one port need the option both
+                        port = sock.getsockname()[1]
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                    bind = partial(make, (address, port))
+                    group.append(self.persist(bind, f"{address}:{port}"))
+                    group[-1].setblocking(False)
+        return groups
 
-    def open_group(
-        self, name: str, listener: Section, patience: float, slots: int
-    ) -> list[socket.socket]:
-        """One socket, or one SO_REUSEPORT socket a slot. A socket is closed only between two
-        generations, when the old one's processes accept what waits in it."""
-        key, other = (
-            f"{name} {listener.address} {listener.port} {shared}"
-            for shared in (listener.reuse_port, not listener.reuse_port)
-        )
-        group, before = self.groups.setdefault(key, []), self.groups.get(other, [])
-        if before and not listener.reuse_port and not group:
-            # Not socket.dup(): its settimeout() would make the listener a blocking one for all.
-            group.append(socket.socket(fileno=os.dup(before[0].fileno())))
-        for sock in before:  # or the port could not be bound again until these are closed
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        while len(group) < (slots if listener.reuse_port else 1):
-            port = next((s.getsockname()[1] for s in group + before), listener.port)
-            group.append(bind(listener.address, port, listener.reuse_port, patience))
-        return group
+    def persist(self, attempt: Callable[[], Any], what: str) -> Any:
+        """Try for some seconds, which only a master that serves nobody yet has; then Failure."""
+        end = time.monotonic() + (0 if self.pools else BIND_TIME)
+        while True:
+            try:
+                return attempt()
+            except OSError as error:
+                in_use = error.errno in (errno.EADDRINUSE, errno.EAGAIN)
+                if not in_use or time.monotonic() > end:
+                    status = 77 if isinstance(error, PermissionError) else 69
+                    reason = "is in use" if in_use else error.strerror
+                    raise Failure(status, f"{what}: {reason}") from None
+            time.sleep(0.05)
 
     def open_inbox(self, service: str) -> socket.socket:
         """Bound aside and renamed into place: the name never lacks a listener."""
@@ -2305,17 +2287,15 @@ class Master:
 
     def balance(self, pool: Pool) -> None:
         """Fork what the reserve asks for; listen exactly while no process has room."""
-        missing = pool.settings.process_min_avail - sum(c.room > 0 for c in pool.children)
-        free = pool.settings.process_limit - len(pool.children)
-        for _ in range(min(missing, free)):
-            if not self.rests(pool):
-                self.spawn(pool)
-        full = not any(child.room > 0 for child in pool.children)
-        pool.full *= full
-        events = READ if full and not self.rests(pool) else 0
-        for sock in (pool.inbox, *(group[0] for group in pool.listeners if len(group) == 1)):
-            self.loop.watch(sock.fileno(), events, lambda *_: self.called(pool))
+        least, most = pool.settings.process_min_avail, pool.settings.process_limit
+        while len(pool.free()) < least and len(pool.children) < most and not pool.rests:
+            self.spawn(pool)
+        free = pool.free()
+        pool.full = 0 if free else pool.full
         pool.idle_low = min(pool.idle_low, len(pool.idle()))
+        for sock in pool.sockets():
+            events = READ * (not free and not pool.rests)
+            self.loop.watch(sock.fileno(), events, lambda *_: self.called(pool))
 
     def called(self, pool: Pool) -> None:
         """A connection waits, and no process has room."""
@@ -2327,172 +2307,147 @@ class Master:
                 log.warning(text, pool.role.name, pool.settings.process_limit)
             pool.tell(f"full {pool.full}")
             pool.full += 1
-            self.rest(pool, 1.0)
+            pool.rests = 1
         self.balance(pool)
 
-    def rest(self, pool: Pool, seconds: float) -> None:
-        pool.rests_until = time.monotonic() + seconds
-        self.loop.later(seconds, lambda: self.balance(pool))
-
-    def rests(self, pool: Pool) -> bool:
-        return self.stopping or time.monotonic() < pool.rests_until
+    def spawn(self, pool: Pool) -> None:
+        slot = min({*range(len(pool.children) + 1)} - {child.slot for child in pool.children})
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            main = partial(self.child_main, pool, slot, ours, theirs)
+            process = multiprocessing.get_context("fork").Process(target=main, name=pool.role.name)
+            process.start()
+        except OSError as error:
+            log.error("service %s: fork: %s", pool.role.name, error.strerror)
+            return self.throttle(pool)
+        theirs.close()
+        child = Child(self.loop, ours, partial(self.heard, pool))
+        child.slot, child.process, child.room = slot, process, pool.settings.client_limit
+        pool.children.append(child)
 
     def throttle(self, pool: Pool) -> None:
         """A process has died before it reported: no new one for a while."""
         pool.delay = min(max(pool.delay * 2, THROTTLE[0]), THROTTLE[1])
+        pool.rests = pool.delay + 1  # the first tick may come at once
         log.error("service %s: no new process for %d s", pool.role.name, pool.delay)
-        self.rest(pool, pool.delay)
-
-    def spawn(self, pool: Pool) -> None:
-        slot = min({*range(len(pool.children) + 1)} - {child.slot for child in pool.children})
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.generation += 1
-        main = partial(self.child_main, pool, slot, ours, theirs)
-        process = self.context.Process(target=main, name=pool.role.name)
-        try:
-            process.start()
-        except OSError as error:
-            log.error("service %s: fork: %s", pool.role.name, error.strerror)
-            ours.close()
-            self.throttle(pool)
-            return
-        finally:
-            theirs.close()
-        child = Child(slot, pool.settings.client_limit, process, process.pid or 0)
-        child.channel = Channel(self.loop, ours, partial(self.heard, pool, child))
-        pool.children.append(child)
-        self.loop.later(REPORT_TIME, lambda: self.overdue(pool, child))
-
-    def overdue(self, pool: Pool, child: Child) -> None:
-        if child in pool.children and not child.reported:
-            log.error("service %s: process %d has not reported", pool.role.name, child.pid)
-            child.process.kill()
 
     def child_main(self, pool: Pool, slot: int, ours: socket.socket, theirs: socket.socket) -> None:
         """The new process: put in order what the fork has copied, then be a service."""
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_IGN)  # a Ctrl-C reaches the whole process group
-        signal.set_wakeup_fd(-1)
+        # With a copy of a channel, to a sibling or to who asks, its peer would not see its end.
+        known = [getattr(key.data, "__self__", None) for key in self.loop.keys.values()]
+        channels = [one.sock for one in known if isinstance(one, Channel)]
+        others = [sock for other in self.pools if other is not pool for sock in other.sockets()]
+        for sock in (ours, self.control, *channels, *others):
+            sock.close()
         self.loop.close()  # an epoll object is shared over fork: not even unregister in it
-        ours.close()
-        self.control.close()
         os.close(self.lock)
-        for other in self.pools:
-            for sibling in other.children:
-                sibling.channel.sock.close()
-            if other is not pool:
-                for sock in (other.inbox, *itertools.chain(*other.listeners)):
-                    sock.close()
-        kind = Keeper if pool.role.wakes else Service
-        kind(self, pool, slot, self.generation).run(theirs)
+        (Keeper if pool.role.wakes else Service)(self, pool, slot).run(theirs)
 
     def heard(self, pool: Pool, child: Child, message: bytes, fds: list[int]) -> None:
+        """A report. It can't be a stale one: each process has a channel of its own."""
         close_all(fds)
-        if not message:
-            self.bury(pool, child)
-            return
         try:
-            _, room, clients, pid = checked(message.decode(), (int, int, int, int))
-        except ValueError:  # it may have been taken over; its end comes next
-            log.error("service %s: nonsense from process %d", pool.role.name, child.pid)
-            self.kill({child.pid}, signal.SIGKILL)
-            return
-        pool.delay = 0.0
-        if pid != child.pid and pool.role.wakes:  # a survivor: it knows nothing of earlier words
-            with contextlib.suppress(OSError, OverflowError):  # not a child of ours: a lie
-                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                child.pid = pid
-                self.old_pids.add(pid)
-                if self.stopping:
-                    tell(child.channel, "stop")
-        child.reported, child.room, child.clients = True, room, clients
+            child.room, child.clients = checked(message.decode(), (int, int))
+        except ValueError:  # the end; or nonsense, of one that has been taken over
+            if message:
+                child.process.kill()
+            return self.bury(pool, child)
+        if self.stopping:  # a survivor knows nothing of earlier words
+            child.tell("stop")
+        child.reported, pool.delay = True, 0
         self.balance(pool)
         if self.ready and all(
             sum(child.reported for child in pool.children) >= pool.settings.process_min_avail
             for pool in self.pools
         ):
+            notify("READY=1")
             self.ready(self)
             self.ready = None
 
-    def reap(self) -> None:
-        multiprocessing.active_children()  # reaps those that have ended
-        for pid in list(self.old_pids):
-            with contextlib.suppress(ChildProcessError):
-                if os.waitpid(pid, os.WNOHANG) == (0, 0):
-                    continue
-            self.old_pids.discard(pid)
-        if self.check and self.check[0].poll() is not None:
-            self.checked(*self.check)
-        if self.stopping and not self.old_pids and not any(pool.children for pool in self.pools):
-            for name in (*self.config.sections, "master"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.config.inbox(name))
-            self.loop.running = False
-
     def bury(self, pool: Pool, child: Child) -> None:
-        """Its channel has ended: neither the process nor a survivor is left."""
+        """Neither the process nor a survivor is left."""
+        child.close()
         pool.children.remove(child)
         child.process.join(1.0)
         if status := child.process.exitcode:
             how = signal.Signals(-status).name if status < 0 else f"status {status}"
-            log.error("service %s: process %d ended: %s", pool.role.name, child.pid, how)
+            log.error("service %s: process %d ended: %s", pool.role.name, child.process.pid, how)
         if not child.reported and not self.stopping:
             self.throttle(pool)
         self.balance(pool)
-        self.reap()
 
-    def end_idle(self, pool: Pool) -> None:
-        """Every idle_kill seconds: as many as were idle all the time, above the reserve, end."""
-        surplus = max(0, pool.idle_low - pool.settings.process_min_avail)
-        for child in pool.idle()[:surplus]:
-            tell(child.channel, "end-if-idle")
-        pool.idle_low = len(pool.idle())
-        self.loop.later(pool.settings.idle_kill or 60.0, lambda: self.end_idle(pool))
+    def reap(self) -> None:
+        """Collect the dead, whoever they were: ours, those of the last generation, survivors."""
+        try:
+            while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                multiprocessing.active_children()  # reaps its own, and keeps their status
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(dead.si_pid, os.WNOHANG)
+        except ChildProcessError:  # nobody is left
+            self.loop.running = not self.stopping
+
+    def tick(self) -> None:
+        """Once a second. It counts its own turns: a clock would go on while this process, or the
+        machine, is stopped."""
+        self.loop.later(1.0, self.tick)
+        self.ticks += 1
+        for pool in self.pools:
+            if self.ticks % max(1, round(pool.settings.idle_kill or 60)) == 0:
+                # As many as were idle all the time, above the reserve, end.
+                surplus = max(0, pool.idle_low - pool.settings.process_min_avail)
+                for child in pool.idle()[:surplus]:
+                    child.tell("end-if-idle")
+                pool.idle_low = len(pool.idle())
+            pool.rests = max(0, pool.rests - 1)
+            self.balance(pool)
+        # Three looks in a row: reports are up to a second old, and a session may be on its way.
+        busy = any(child.clients for pool in self.pools for child in pool.children)
+        self.deserted = min(self.deserted, 0) if busy else self.deserted + 1
+        if self.deserted >= 3:
+            self.stop()
+        if self.stopping and self.ticks > self.stopping:
+            self.kill(signal.SIGKILL)
 
     # What it is told
 
     def accept_control(self, fd: int, mask: int) -> None:
-        def heard(message: bytes, fds: list[int]) -> None:
-            close_all(fds)
-            if message:
-                self.command(channel, message.decode("utf-8", "replace"))
+        Channel(self.loop, self.control.accept()[0], self.command, SPEAK_TIME)
 
-        channel = Channel(self.loop, self.control.accept()[0], heard, SPEAK_TIME)
-
-    def command(self, channel: Channel, line: str) -> None:
-        name = line.partition(" ")[0]
+    def command(self, channel: Channel, message: bytes, fds: list[int]) -> None:
+        close_all(fds)
         channel.expire(0)
+        line = message.decode("utf-8", "replace")
+        name = line.partition(" ")[0]
         if name == "stop":
-            self.stop()  # the channel's end will tell that it is done
-        elif name == "reload":
-            self.reload(channel)
-        else:
-            for pool in self.pools if name in ("who", "status", "kick") else ():
-                if name == "status" and pool.delay:
-                    tell(channel, compact({"service": pool.role.name, "delay": pool.delay}) + "\n")
-                pool.tell(line, channel.sock.fileno())
-            channel.close()
+            return self.stop()  # the channel's end will tell that it is done
+        if name == "reload":
+            self.reload(channel.tell)  # comes back only if it is refused
+        for pool in self.pools if name in ("who", "status", "kick") else ():
+            if name == "status" and pool.delay:
+                channel.tell(compact({"service": pool.role.name, "delay": pool.delay}) + "\n")
+            pool.tell(line, channel.sock.fileno())
+        channel.close()
 
     def stop(self) -> None:
         """Now, with a farewell to every client."""
-        if self.stopping:
-            return
-        self.stopping = True
-        log.info("stopping")
-        for pool in self.pools:
-            self.balance(pool)  # which no longer listens
-            pool.tell("stop")
-        self.kill(self.old_pids, signal.SIGTERM)
-        self.loop.later(STOP_TIME, lambda: self.kill(self.pids(), signal.SIGKILL))
-        self.reap()
+        if not self.stopping:
+            self.stopping = self.ticks + STOP_TIME
+            log.info("stopping")
+            notify("STOPPING=1")
+            for pool in self.pools:
+                pool.rests = math.inf
+                self.balance(pool)  # which no longer listens
+                pool.tell("stop")
+            self.kill(signal.SIGTERM)
+            self.reap()
 
-    def pids(self) -> set[int]:
-        return self.old_pids | {child.pid for pool in self.pools for child in pool.children}
-
-    def kill(self, pids: set[int], number: int) -> None:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+    def kill(self, number: int) -> None:
+        """All children: the last generation's and survivors, too. The kernel keeps the list."""
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+            for pid in file.read().split():
+                os.kill(int(pid), number)
 
     def quit(self) -> None:
         """Release the ports now; serve who is connected until they have left."""
@@ -2503,88 +2458,47 @@ class Master:
                 self.loop.unwatch(sock.fileno())
                 sock.close()
             pool.listeners = []
-        self.groups = {}
-        self.see_empty(0)
+        self.groups, self.deserted = {}, 0
 
-    def see_empty(self, times: int) -> None:
-        """Stop once three looks in a row saw no client: reports are up to a second old, and a
-        session may be on its way from one process to another."""
-        busy = any(child.clients for pool in self.pools for child in pool.children)
-        if times == 3:
-            self.stop()
-        else:
-            self.loop.later(1.0, lambda: self.see_empty(0 if busy else times + 1))
-
-    def reload(self, channel: Channel | None = None) -> None:
-        """A new process checks file and code first; checked() goes on."""
-        if not self.check and not self.stopping:
-            command = [sys.executable, *sys.orig_argv[1:], "--check"]
-            pipe = subprocess.PIPE
-            self.check = subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT), channel
-        elif channel:
-            channel.close()
-
-    def checked(self, process: subprocess.Popen[bytes], channel: Channel | None) -> None:
-        self.check = None
-        text = process.communicate()[0][:4000].decode("utf-8", "replace").strip()
-        if process.returncode:
-            text = text or f"the check ended with {process.returncode}"
-        else:
-            text = self.open_added_listeners()
-        word = f"refused: {text}" if text else "reloading"
-        if channel:
-            tell(channel, word)
-            channel.close()
-        log.log(logging.ERROR if text else logging.INFO, word)
-        if not text:
-            self.exec()
-
-    def open_added_listeners(self) -> str:
-        """Bind what a new configuration adds, while there is still a way back; or why not."""
-        had = {key: len(group) for key, group in self.groups.items()}
-        try:
-            self.open_listeners(Config(self.config.program, self.config.path), 0.0)
-        except (Failure, OSError) as error:
-            for key, group in self.groups.items():
-                for sock in group[had.get(key, 0) :]:
-                    sock.close()
-                del group[had.get(key, 0) :]
-            return str(error)
-        return ""
-
-    def exec(self) -> NoReturn:
-        """Become the new code and the new settings: same pid, same ports, same children."""
+    def reload(self, tell: Callable[[str], None] = lambda word: None) -> None:
+        """Become the new code and the new settings: same pid, same ports, same children. As long
+        as there is a way back a new process checks file and code, and what is added is bound."""
+        if self.stopping:
+            return
+        # From here on signals wait for who comes out of it: unblocked, a second SIGHUP in the
+        # 40 ms of the exec killed it.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        listeners = {key: [sock.fileno() for sock in group] for key, group in self.groups.items()}
-        for fd in (self.lock, *itertools.chain(*listeners.values())):
-            os.set_inheritable(fd, True)
-        inherited = json.dumps([self.lock, self.generation, [*self.pids()], listeners])
-        sys.stdout.flush()
-        environment = os.environ | {INHERIT: inherited}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-
-
-def persist(attempt: Callable[[], Any], what: str, patience: float = BIND_TIME) -> Any:
-    """Try for some seconds, which only a master that serves nobody yet has; then Failure."""
-    end = time.monotonic() + patience
-    while True:
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        command = [sys.executable, *sys.orig_argv[1:]]
         try:
-            return attempt()
-        except OSError as error:
-            in_use = error.errno in (errno.EADDRINUSE, errno.EAGAIN)
-            if not in_use or time.monotonic() > end:
-                status = 77 if isinstance(error, PermissionError) else 69
-                reason = "is in use" if in_use else error.strerror
-                raise Failure(status, f"{what}: {reason}") from None
-        time.sleep(0.05)
+            check = subprocess.run([*command, "--check"], capture_output=True, timeout=CHECK_TIME)
+            if check.returncode:
+                text = check.stderr[:4000].decode("utf-8", "replace").strip()
+                raise ConfigError(text or f"the check ended with {check.returncode}")
+            config = Config(self.config.program, self.config.path)
+            if config.base_dir != self.config.base_dir:
+                config.fail(config.lines["base_dir"], "base_dir can't change: sessions live in it")
+            groups = self.open_listeners(config)
+            fds = {key: [sock.fileno() for sock in group] for key, group in groups.items()}
+            fds |= {"lock": [self.lock], "master": [self.control.fileno()]}
+            for fd in itertools.chain(*fds.values()):
+                os.set_inheritable(fd, True)
+            os.environ[INHERIT] = json.dumps(fds)
+            log.info("reloading")
+            tell("reloading")
+            os.execv(command[0], command)
+        except (Failure, OSError, subprocess.TimeoutExpired) as error:
+            log.error("refused: %s", error)
+            tell(f"refused: {error}")
+        notify("READY=1")
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
 
 
-def bind(address: str, port: int, reuse_port: bool, patience: float) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    create = partial(socket.create_server, family=family, backlog=4096, reuse_port=reuse_port)
-    sock: socket.socket = persist(lambda: create((address, port)), f"{address}:{port}", patience)
-    sock.setblocking(False)
-    return sock
+def notify(text: str) -> None:
+    """Tell systemd, if it has started us: sd_notify(3). "@" begins an abstract name, unix(7)."""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(text.encode(), re.sub("^@", "\0", path))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3743,7 +3657,7 @@ class AuthSession(Session):
             log.info("<%s> auth: wrong password or no such user: %.64r", sid, name)
             return ["no", REFUSED]
         home = home if os.path.isabs(home) else home_of(self.config, user)
-        return ["ok", user, *ticket(self.key, identity, sid, user, remote, home, [])]
+        return ["ok", user, *ticket(self.key, identity, sid, user, remote, home)]
 
 
 class BadCommand(Exception):

@@ -1204,6 +1204,15 @@ def test_when_all_log_in_processes_are_full_the_oldest_that_has_not_tried_gives_
         assert limit_warnings(server)
 
 
+def test_with_reuse_port_full_log_in_processes_make_room_as_well():
+    limits = "service imap-login {\n client_limit = 5\n process_limit = 2\n process_min_avail = 2\n}"
+    with Server(limits, listener="port = 0\n reuse_port = yes") as server:
+        idle = [Imap(server) for _ in range(10)]
+        with Imap(server, "alice") as newcomer:
+            newcomer.cmd("NOOP")
+        assert any(not client.silent() for client in idle) and limit_warnings(server)
+
+
 def test_a_log_in_that_finds_all_workers_full_waits_and_is_done_when_there_is_room():
     limits = "service imap {\n client_limit = 2\n process_limit = 1\n}\nimap_hibernate_timeout = 0"
     with Server(limits) as server:
@@ -1708,11 +1717,39 @@ def test_a_reload_brings_listeners_in_and_out_and_refuses_a_port_in_use():
         assert server.run("reload").returncode == 0
         eventually(lambda: len(listening(server.port)) == 4 and not listening(port))
         assert all(Imap(server).greeting.startswith("* OK") for _ in range(40))
+        server.configuration.write_text(base.replace(opening, shared) + FOUR.replace("4", "2"))
+        assert server.run("reload").returncode == 0
+        eventually(lambda: len(listening(server.port)) == 2)
+        assert all(Imap(server).greeting.startswith("* OK") for _ in range(40))
+        server.configuration.write_text(f"base_dir = elsewhere\n{base}")
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: re.search(r"refused: .*:1: base_dir can't change", server.log()))
         server.configuration.write_text(base)
         assert server.run("reload").returncode == 0
         eventually(lambda: len(listening(server.port)) == 1)
         assert all(Imap(server).greeting.startswith("* OK") for _ in range(40))
         client.cmd("NOOP")
+
+
+@pytest.mark.parametrize("name", ["{}/notify", "@{}"])
+def test_systemd_is_told_of_ready_reload_and_stop(name, tmp_path, monkeypatch):
+    name = name.format(tmp_path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(name.replace("@", "\0"))
+        systemd.settimeout(PATIENCE)
+        monkeypatch.setenv("NOTIFY_SOCKET", name)
+        with Server(allow="refused: ") as server:
+            assert systemd.recv(99) == b"READY=1"
+            for text in (server.configuration.read_text(), "nonsense"):
+                server.configuration.write_text(text)
+                before = time.monotonic_ns() // 1000
+                server.process.send_signal(signal.SIGHUP)
+                kind, since = systemd.recv(99).split(b"\nMONOTONIC_USEC=")
+                assert kind == b"RELOADING=1"
+                assert before <= int(since) <= time.monotonic_ns() // 1000
+                assert systemd.recv(99) == b"READY=1"  # of the next generation, or refused
+            assert "refused: " in server.log()
+        assert systemd.recv(99) == b"STOPPING=1"
 
 
 def test_a_killed_master_that_is_started_again_finds_all_its_sleepers():
@@ -2215,6 +2252,19 @@ def test_status_and_who_tell_what_is_going_on():
         assert b"1 sessions" in server.run("kick", "bob").stdout
         assert "* BYE" in asleep.ended()
         awake.cmd("NOOP")
+
+
+def test_who_asks_while_a_process_is_forked_hears_the_end_of_the_answer():
+    with Server(allow="SIGKILL") as server:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.settimeout(4)
+            sock.connect(str(server.dir / "hibernate.run" / "master"))
+            before = server.pids("imap")
+            os.kill(before[0], signal.SIGKILL)
+            eventually(lambda: server.pids("imap") not in ([], before))
+            sock.send(b"status")
+            answer = b"".join(iter(lambda: sock.recv(1 << 20), b""))
+            assert answer.count(b'"service"') == 3, answer
 
 
 def test_stop_ends_the_server_and_then_nothing_is_running():
