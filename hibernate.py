@@ -535,15 +535,15 @@ class Channel:
             self.timer.cancel()
         self.timer = self.loop.later(seconds, self.finish) if seconds else None
 
-    def send(self, message: bytes, fd: int = -1) -> None:
+    def send(self, message: bytes, *fds: int) -> None:
         """OSError if it can't be sent. Never empty: that reads like the end."""
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))]
-        self.sock.sendmsg([message], rights if fd >= 0 else [])
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
+        self.sock.sendmsg([message], rights if fds else [])
 
-    def tell(self, word: str, fd: int = -1) -> None:
+    def tell(self, word: str, *fds: int) -> None:
         """Send it, unless the other end is gone, or is stopped and has not read for long."""
         with contextlib.suppress(OSError):
-            self.send(word.encode(), fd)
+            self.send(word.encode(), *fds)
 
     def readable(self, fd: int, mask: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -708,7 +708,7 @@ class Mover:
                 channel = Channel(self.loop, sock, partial(self.answered, fd), ANSWER_TIME)
                 self.channels[fd] = channel
                 sock.connect(self.config.inbox(service))
-                channel.send(message, -1 if question else fd)
+                channel.send(message, *([] if question else [fd]))
             except OSError as error:
                 self.refused(fd, errno.errorcode.get(error.errno or 0, "?"))
 
@@ -1751,28 +1751,24 @@ class Keeper(Service):
             beat=int(now + wait) % self.period, rest=int(now), text=text,
             received=record.received, sent=record.sent,
         )
-        if record.tag and not self.listen(fd):
+        if record.tag and not self.listen(fd, state):
             raise ValueError("changed")
         self.slots[fd].state = OFFERED
         self.slots[number].fill(state=CHANNEL, text=b"%d" % fd)
         self.copy(fd, number)
-        return fd, number
-
-    def changed(self, fd: int, young: int) -> bool:
-        state = self.slots[fd].known()
-        return changed_since(self.directories(state), state.watch[1:], young)
+        return fd, state, number
 
     def directories(self, state: State) -> list[str]:
         names = self.role.session.watch_dirs if state.watch else ()
         return [os.path.join(state.home, state.watch[0], name) for name in names]
 
-    def listen(self, fd: int) -> bool:
+    def listen(self, fd: int, state: State) -> bool:
         """Watch its directories. Arm first, then compare: False, and no watch, if they changed,
         or may have, before the watch was there."""
-        paths = self.directories(self.slots[fd].known())
+        paths, watches = self.directories(state), self.slots[fd].watches
         for at, path in enumerate(paths):
-            self.slots[fd].watches[at] = self.watcher.add(path, fd)
-        if not paths or self.changed(fd, YOUNG):
+            watches[at] = watches[at] or self.watcher.add(path, fd)
+        if not paths or changed_since(paths, state.watch[1:], YOUNG):
             self.unlisten(fd)
             return False
         return True
@@ -1785,30 +1781,28 @@ class Keeper(Service):
                 watches[at] = 0
 
     def begin(self, held: Any) -> None:
-        fd, number = held
+        fd, state, number = held
         self.held += 1
         self.counts["adopted"] += 1
         self.slots[number].state = FREE
         self.slots[fd].state = HELD
         self.tend(fd)
-        self.arm(fd)
+        self.arm(fd, state)
 
     def tend(self, fd: int) -> None:
         """A sleeper is ours from now on."""
         self.turns[self.slots[fd].beat].append(fd)
         self.loop.watch(fd, READ, self.peeker)
 
-    def arm(self, fd: int) -> None:
+    def arm(self, fd: int, state: State) -> None:
         """Watch its mailbox, which may have stirred while nobody would have noticed."""
-        if self.slots[fd].state != HELD or fd in self.waking:
-            return
         if self.draining:
             self.move_on(fd)
-        elif self.slots[fd].tag() and not self.listen(fd):
+        elif self.slots[fd].tag() and not self.listen(fd, state):
             self.wake(fd, "mail")
 
     def abandon(self, held: Any, shutdown: bool = False) -> None:
-        fd, number = held
+        fd, _, number = held
         self.unlisten(fd)
         self.slots[fd].state = self.slots[number].state = FREE
         if shutdown:
@@ -1848,7 +1842,7 @@ class Keeper(Service):
         except ValueError:
             return b""
         if tag and not before:
-            return text if self.listen(fd) else b""
+            return text if self.listen(fd, slot.known()) else b""
         if not tag:
             self.unlisten(fd)
         return text
@@ -1863,8 +1857,10 @@ class Keeper(Service):
         return False
 
     def stirred(self, fd: int) -> None:
-        if self.slots[fd].state == HELD and fd not in self.waking and self.changed(fd, 0):
-            self.wake(fd, "mail")
+        if self.slots[fd].state == HELD and fd not in self.waking:
+            state = self.slots[fd].known()
+            if changed_since(self.directories(state), state.watch[1:], 0):
+                self.wake(fd, "mail")
 
     def take_turns(self) -> None:
         """Once a second, for those whose second it is. Each sleeper is in one list; one that has
@@ -2010,21 +2006,20 @@ class Keeper(Service):
         """To the twin: a session and the channel on which its "!" will come, perhaps after our
         death. No answer is needed: what is queued holds the descriptors, and the twin reads all
         of its queue before it sees the end. A twin that does not read is replaced."""
-        for fd in fds:
-            self.tell_twin(b"%d" % fd, fd)
+        self.tell_twin(compact(fds).encode(), *fds)
 
-    def tell_twin(self, message: bytes, fd: int = -1) -> None:
+    def tell_twin(self, message: bytes, *fds: int) -> None:
         if not self.twin:
             return
         channel = self.twin[1]
         try:
             try:
-                channel.send(message, fd)
+                channel.send(message, *fds)
             except BlockingIOError:  # it is behind: a new one would cost more than to wait
                 room = select.poll()
                 room.register(channel.sock.fileno(), select.POLLOUT)
                 room.poll(TWIN_TIME)
-                channel.send(message, fd)
+                channel.send(message, *fds)
         except OSError:
             self.end_twin()
             self.spawn_twin()  # its seed is the fork: it has all of them
@@ -2061,11 +2056,14 @@ class Keeper(Service):
                 continue
             if not fds:
                 os._exit(1)  # no descriptors left here: the keeper forks another
-            number = int(message)
-            if fds[0] != number:
-                os.dup2(fds[0], number, inheritable=False)
-                os.close(fds[0])
-            copies[number] = 1
+            for number in json.loads(message):
+                copies[number] = 1
+                fd = fds.pop(0)
+                if number in fds:  # in the way of its neighbour
+                    fds[fds.index(number)] = os.dup(number)
+                if fd != number:
+                    os.dup2(fd, number, inheritable=False)
+                    os.close(fd)
         self.survive(ours, copies)
         del past
 
@@ -2106,7 +2104,8 @@ class Keeper(Service):
         for number in slots[CHANNEL]:
             if (fd := int(self.slots[number].text)) in offered:
                 offered.discard(fd)
-                self.expect(socket.socket(fileno=number), (fd, number), COMMIT_TIME)
+                held = fd, self.slots[fd].known(), number
+                self.expect(socket.socket(fileno=number), held, COMMIT_TIME)
         for fd in offered:
             self.slots[fd].state = FREE
             os.close(fd)
@@ -2115,7 +2114,8 @@ class Keeper(Service):
 
     def arm_all(self, fds: list[int]) -> None:
         for fd in fds[:ARMED]:
-            self.arm(fd)
+            if self.slots[fd].state == HELD and fd not in self.waking:
+                self.arm(fd, self.slots[fd].known())
         if len(fds) > ARMED:
             self.loop.later(0, partial(self.arm_all, fds[ARMED:]))
 
@@ -2171,9 +2171,9 @@ class Pool:
     def idle(self) -> list[Child]:
         return [child for child in self.children if child.reported and not child.clients]
 
-    def tell(self, word: str, fd: int = -1) -> None:
+    def tell(self, word: str, *fds: int) -> None:
         for child in self.children:
-            child.tell(word, fd)
+            child.tell(word, *fds)
 
 
 class Master:
