@@ -2586,45 +2586,69 @@ def bind(address: str, port: int, reuse_port: bool, patience: float) -> socket.s
 # other reader shares it. What files can't say (UIDs, keywords, MODSEQs, what was expunged) is in
 # one SQLite file per user, which may be deleted at any time: it costs new UIDVALIDITYs, no mail.
 #
+# Each transaction has a stamp: the time in seconds, or one more than the last. UIDVALIDITYs and
+# MODSEQs are stamps, so that they only grow. The last one is also the time of `hibernate.uids`: an
+# index that is behind it is from a backup, and gets new UIDVALIDITYs, for its UIDs are used up.
+#
 # The directories' times are the change notice: whoever commits what others must hear of changes
 # new/ or cur/ in the same transaction, so a session that finds the times it knows has missed
 # nothing and opens no database. Folders are listed and files renamed only while the index is
 # locked; nothing in here may yield to the engine with that lock held.
 #
-# Delivered files stay in new/ until a flag is set. Moving them to cur/ at SELECT, as others do,
-# would stir all sleepers of the mailbox a second time for each delivery, to tell them nothing;
-# \Recent goes by UID. Symbolic links are followed: nobody can make one by IMAP.
+# Delivered files stay in new/ until a flag is set: moving them to cur/ at SELECT, as others do,
+# stirs all sleepers again, to tell them nothing. \Recent goes by UID. Symbolic links are followed:
+# nobody can make one by IMAP.
 # ------------------------------------------------------------------------------------------------
 
-INDEX_VERSION = 0x48420005  # as application_id; any other file in its place is put aside
+INDEX_VERSION = 0x48420006  # as application_id; any other file in its place is put aside
 INDEXES_OPEN = 8  # connections a worker keeps, at about 160 KB and three descriptors each
 INDEX_PATIENCE = 0.2  # seconds to wait for another process's transaction, then NO [INUSE]
-EXPUNGED_KEPT = 7 * 86400  # seconds; no session is that far behind
-NAME_LIMIT = 240  # bytes of a mailbox name, as NAME_MAX is 255
+EXPUNGED_KEPT = 7 * 86400  # in stamps: about as many seconds; no session is that far behind
 KEYWORD_LIMIT = 500  # keywords of one mailbox
-LETTERS = {"\\Answered": "R", "\\Flagged": "F", "\\Deleted": "T", "\\Seen": "S", "\\Draft": "D"}
 UNSETTLED = (0, 0)  # in place of times: look again, the folder is changing right now
+FILE_CLOCK = 5 if sys.platform == "linux" else time.CLOCK_REALTIME  # CLOCK_REALTIME_COARSE
+LEVEL = "(?:[ -%'-\\-0-~]|&[A-Za-z0-9+,]*-)+"  # printable, modified UTF-7 (RFC 3501 5.1.3)
+NAME = re.compile(rf"(?=.{{1,240}}\Z){LEVEL}(?:\.{LEVEL})*")  # NAME_MAX is 255
+LETTERS = {"\\Answered": "R", "\\Flagged": "F", "\\Deleted": "T", "\\Seen": "S", "\\Draft": "D"}
+COMBINE: dict[str, Callable[[set[str], set[str]], set[str]]] = {  # STORE FLAGS, +FLAGS, -FLAGS
+    "": lambda old, new: new, "+": set.union, "-": set.difference}
 
 SCHEMA = f"""
+PRAGMA journal_mode = WAL;
 BEGIN;
-CREATE TABLE mailbox (id INTEGER PRIMARY KEY AUTOINCREMENT, name UNIQUE, uidvalidity,
-    uidnext DEFAULT 1, modseq DEFAULT 1, recent DEFAULT 1, keywords DEFAULT '', new DEFAULT 0,
-    cur DEFAULT 0);
-CREATE TABLE message (uid, file, flags, keywords, modseq, size, box,
-    PRIMARY KEY (box, uid)) WITHOUT ROWID;
+CREATE TABLE last AS SELECT 0 AS stamp;
+CREATE TABLE mailbox (id INTEGER PRIMARY KEY AUTOINCREMENT, name UNIQUE, uidvalidity, modseq,
+    uidnext DEFAULT 1, recent DEFAULT 1, keywords DEFAULT '', new DEFAULT 0, cur DEFAULT 0);
+CREATE TABLE message (box, uid, file, flags, keywords, modseq, PRIMARY KEY (box, uid))
+    WITHOUT ROWID;
 CREATE INDEX changed ON message (box, modseq);
-CREATE TABLE expunged (box, modseq, uid, time, PRIMARY KEY (box, modseq, uid)) WITHOUT ROWID;
+CREATE TABLE parsed (box, uid, item, value, PRIMARY KEY (box, uid, item)) WITHOUT ROWID;
+CREATE TABLE expunged (box, modseq, uid, PRIMARY KEY (box, modseq, uid)) WITHOUT ROWID;
+CREATE TRIGGER written BEFORE INSERT ON message BEGIN
+    UPDATE mailbox SET modseq = new.modseq, uidnext = max(uidnext, new.uid + 1)
+        WHERE id = new.box; END;
+CREATE TRIGGER gone AFTER DELETE ON message BEGIN
+    DELETE FROM parsed WHERE box = old.box AND uid = old.uid;
+    UPDATE mailbox SET modseq = (SELECT stamp FROM last) WHERE id = old.box;
+    INSERT INTO expunged SELECT id, modseq, old.uid FROM mailbox WHERE id = old.box;
+    DELETE FROM expunged WHERE box = old.box
+        AND modseq < (SELECT stamp FROM last) - {EXPUNGED_KEPT}; END;
 CREATE TRIGGER erased AFTER DELETE ON mailbox BEGIN
     DELETE FROM message WHERE box = old.id; DELETE FROM expunged WHERE box = old.id; END;
-CREATE TRIGGER gone AFTER DELETE ON message BEGIN INSERT INTO expunged
-    SELECT id, modseq + 1, old.uid, strftime('%s') + 0 FROM mailbox WHERE id = old.box; END;
 PRAGMA application_id = {INDEX_VERSION};
 COMMIT;
 """
+CHOSEN = "FROM message WHERE box = ? AND uid IN (SELECT value FROM json_each(?))"
+# A new row, or a change to one. Moved to cur/ without another flag it is no news for clients.
+PUT = """
+INSERT INTO message VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
+    modseq = iif((flags, keywords) = (excluded.flags, excluded.keywords), modseq, excluded.modseq),
+    file = excluded.file, flags = excluded.flags, keywords = excluded.keywords
+"""
 
 Times = tuple[int, int]  # st_mtime_ns of new/ and cur/; negative if there is no such folder
-Look = tuple["Mailbox", Times]
 Pairs = list[tuple[int, int]]  # UIDs: in the source, in the target
+Parsed = dict[tuple[int, bytes], bytes]  # by UID and item of FETCH
 
 
 class MailError(Exception):
@@ -2638,42 +2662,37 @@ class MailError(Exception):
 class Vanished(MailError):
     """A message that the session still knows is no longer in the Maildir."""
 
-    def __init__(self) -> None:
-        super().__init__("EXPUNGEISSUED", "Some of the messages no longer exist")
+
+class Deleted(MailError):
+    """The mailbox, or the index that knew it: all that a session knows of it means nothing now."""
 
 
 class Mailbox(NamedTuple):
-    """A row of the index. `new` and `cur` are the times of the folder it agrees with: negative
-    if we changed the folder ourselves since it was listed, and nobody else seems to have."""
+    """A row of the index; `new` and `cur` are the times of the folder it agrees with."""
 
     id: int
     name: str
     uidvalidity: int
-    uidnext: int
     modseq: int
+    uidnext: int
     recent: int  # nobody has been told of this UID and those above
     keywords: str
     new: int
     cur: int
 
-    def added(self, uid: int, file: bytes, keywords: str = "") -> MessageRow:
-        return MessageRow(uid, file, flags_of(file), keywords, self.modseq + 1, None, self.id)
-
 
 class MessageRow(NamedTuple):
+    box: int
     uid: int
     file: bytes  # below the folder: b"new/…" or b"cur/…:2,FS"
     flags: str  # the letters of the file's name that IMAP knows
     keywords: str
     modseq: int
-    size: int | None  # with CRLF line ends; None until somebody asks
-    box: int
 
 
 def unique_name() -> bytes:
-    seconds, micros = divmod(time.time_ns() // 1000, 10**6)
-    host = socket.gethostname().replace("/", "\\057").replace(":", "\\072")
-    return f"{seconds}.M{micros:06}P{os.getpid()}R{secrets.token_hex(4)}.{host}".encode()
+    name = f"{time.time():.6f}P{os.getpid()}R{secrets.token_hex(4)}.hibernate"
+    return name.replace(".", ".M", 1).encode()
 
 
 def base_of(file: bytes) -> bytes:
@@ -2681,22 +2700,10 @@ def base_of(file: bytes) -> bytes:
     return file[4:].partition(b":")[0]
 
 
-def flags_of(file: bytes) -> str:
-    """The letters that IMAP knows."""
-    return "".join(x for x in "DFRST" if x.encode() in file.partition(b":2,")[2])
-
-
 def folder_times(folder: bytes) -> Times:
     with contextlib.suppress(FileNotFoundError):
         return os.stat(folder + b"/new").st_mtime_ns, os.stat(folder + b"/cur").st_mtime_ns
     return -1, -1
-
-
-def settled(times: Times) -> bool:
-    """Would a change from now on show in the times? The kernel's clock for files ticks every few
-    milliseconds, that of some file systems every second or two."""
-    now = time.time_ns()
-    return all(abs(now - t) > (YOUNG if t % 10**9 else 2 * 10**9) for t in times)
 
 
 def listing(folder: bytes) -> dict[bytes, bytes]:
@@ -2707,13 +2714,13 @@ def listing(folder: bytes) -> dict[bytes, bytes]:
 
 
 def sweep(folder: bytes) -> None:
-    """Remove what deliveries that failed have left in tmp/ for 36 hours, the Maildir rule. By
-    ctime: an APPEND under way may have given its file a date of long ago."""
+    """Remove what failed deliveries and deletions have left in tmp/ for 36 hours, the Maildir
+    rule. By ctime: an APPEND under way may have given its file a date of long ago."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder + b"/tmp"):
-            old = time.time() - entry.stat(follow_symlinks=False).st_ctime > 36 * 3600
-            if old and entry.is_file(follow_symlinks=False):
-                os.unlink(entry.path)
+            if time.time() - entry.stat(follow_symlinks=False).st_ctime > 36 * 3600:
+                folders = entry.is_dir(follow_symlinks=False)
+                shutil.rmtree(entry.path) if folders else os.unlink(entry.path)
 
 
 def on_file(folder: bytes, file: bytes, action: Callable[[bytes], Any]) -> Any:
@@ -2723,26 +2730,25 @@ def on_file(folder: bytes, file: bytes, action: Callable[[bytes], Any]) -> Any:
             with contextlib.suppress(FileNotFoundError):
                 return action(folder + b"/" + file)
             file = listing(folder)[base_of(file)]
-    raise Vanished
+    raise Vanished("EXPUNGEISSUED", "Some of the messages no longer exist")
 
 
-def read_file(path: bytes) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
+def reflag(how: str, flags: str, path: bytes) -> bytes:
+    """Rename for new flags; letters that IMAP doesn't know stay (Dovecot's keywords, mutt's P)."""
+    folder, _, name = path.decode("latin-1").rsplit("/", 2)
+    base, _, info = name.partition(":")
+    foreign = {*info.removeprefix("2,")} - {*LETTERS.values()}
+    letters = COMBINE[how]({*info.removeprefix("2,")}, {*flags}) | foreign
+    file = f"cur/{base}:2,{''.join(sorted(letters))}".encode("latin-1")
+    os.rename(path, folder.encode("latin-1") + b"/" + file)
+    return file
 
 
-def sync_directory(path: bytes) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def make_home(home: str) -> None:
-    """A Maildir with its parents, private; one that exists is left alone."""
-    for sub in ("tmp", "new", "cur"):  # cur/ last: with it the folder exists
-        os.makedirs(os.path.join(home, sub), 0o700, exist_ok=True)
+def mend(folder: bytes) -> None:
+    """Make what a Maildir needs and doesn't have; FileNotFoundError if nothing of it is there."""
+    for sub in (b"/tmp", b"/new", b"/cur"):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder + sub, 0o700)
 
 
 class Delivery:
@@ -2783,9 +2789,16 @@ class Delivery:
             os.unlink(self.path)
 
 
+def sync_directory(path: bytes) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
 def deliver(home: str, source: BinaryIO) -> None:
     """Put a message into the INBOX, as a delivery agent does; OSError if that can't be done."""
-    make_home(home)
+    os.makedirs(home, 0o700, exist_ok=True)
+    mend(os.fsencode(home))
     delivery = Delivery(os.fsencode(home))
     try:
         shutil.copyfileobj(source, delivery)
@@ -2795,45 +2808,22 @@ def deliver(home: str, source: BinaryIO) -> None:
         delivery.drop()
 
 
-def check_name(name: str) -> str:
-    """A mailbox name that can be a folder `.NAME`, in the only spelling that modified UTF-7 has
-    for it (RFC 3501 5.1.3); else NO [CANNOT]. Nothing else may become part of a path."""
-    if name.upper() == "INBOX":
-        return "INBOX"
-    fine = bool(re.fullmatch("[ -.0-~]{,%d}" % NAME_LIMIT, name)) and all(name.split("."))
-    for run in re.findall("&([^-]*-?)", name):
-        try:
-            text = base64.b64decode(run[:-1].replace(",", "/") + "==").decode("utf-16-be")
-        except ValueError:
-            text = " "  # refused, as is all of ASCII in this form
-        again = base64.b64encode(text.encode("utf-16-be")).rstrip(b"=").decode().replace("/", ",")
-        fine = fine and again + "-" == run and not re.search("[ -~]", text)
-    if not fine:
-        raise MailError("CANNOT", "Invalid mailbox name")
-    return name
-
-
 class Index:
     """The SQLite file of one user, and all that is done to folders under its lock. Get one by
-    at() where it is needed and keep it over no yield: it may be closed while others work."""
+    at() where it is needed and keep it over no yield: meanwhile the file may be another."""
 
-    opened: dict[str, Index] = {}  # this process's connections, the least recently used first
+    @staticmethod
+    def at(home: str) -> Index:
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                return open_index(home, os.stat(f"{home}/hibernate.sqlite3").st_ino)
+            Index(home)  # makes the file
 
-    @classmethod
-    def at(cls, home: str) -> Index:
-        index = cls.opened.pop(home, None) or cls(home)
-        if index.identity() != index.file:  # deleted or put aside meanwhile
-            index.db.close()
-            index = cls(home)
-        cls.opened[home] = index
-        if len(cls.opened) > INDEXES_OPEN:
-            cls.opened.pop(next(iter(cls.opened))).db.close()
-        return index
-
-    def __init__(self, home: str) -> None:
-        make_home(home)
-        self.home, self.path = os.fsencode(home), os.path.join(home, "hibernate.sqlite3")
-        self.mark = self.path.replace("sqlite3", "uids")
+    def __init__(self, home: str, inode: int = 0) -> None:
+        os.makedirs(home, 0o700, exist_ok=True)
+        self.home, self.path = os.fsencode(home), f"{home}/hibernate.sqlite3"
+        self.mark = f"{home}/hibernate.uids"
+        mend(self.home)
         with open(self.mark, "a") as mark:
             fcntl.flock(mark, fcntl.LOCK_EX)  # one process at a time makes or discards an index
             try:
@@ -2843,116 +2833,103 @@ class Index:
             except sqlite3.DatabaseError as error:
                 self.put_aside(error)
                 self.connect()
-        self.file = self.identity()
-
-    def identity(self) -> tuple[int, int]:
-        with contextlib.suppress(FileNotFoundError):
-            status = os.stat(self.path)
-            return status.st_dev, status.st_ino
-        return 0, 0
 
     def put_aside(self, error: Exception) -> None:
         """Out of the way, but there for whoever wants to look. It costs new UIDVALIDITYs."""
-        self.db.close()
         log.warning("%s: %s, put aside as .bad", self.path, error)
         os.replace(self.path, self.path + ".bad")
 
     def connect(self) -> None:
+        if fresh := not os.path.exists(self.path):
+            for rest in ("-wal", "-shm"):  # of a deleted one, which others may still have open
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path + rest)
         self.db = sqlite3.connect(self.path, INDEX_PATIENCE, isolation_level=None)
-        self.db.execute("PRAGMA cache_size = -64")
-        version = self.number("PRAGMA application_id")
-        if not version and not self.number("SELECT count(*) FROM sqlite_master"):
-            self.db.execute("PRAGMA journal_mode = WAL")
+        self.db.executescript("PRAGMA cache_size = -64; PRAGMA synchronous = FULL")
+        if fresh:
             self.db.executescript(SCHEMA)
-        elif version != INDEX_VERSION:
+        elif self.number("PRAGMA application_id") != INDEX_VERSION:
             raise sqlite3.DatabaseError("not our index, or of another version")
-        if self.marked()[2] > self.number("PRAGMA user_version"):
-            with self.transaction():  # not before another process's commit is over
-                self.recover()
+        mark = int(os.stat(self.mark).st_mtime)  # before the stamp, which others are moving on
+        if mark > self.number("SELECT stamp FROM last"):
+            with self.transaction(mark + 1):
+                if self.db.execute("UPDATE mailbox SET uidvalidity = ?", (self.stamp,)).rowcount:
+                    log.warning("%s: from a backup, new UIDVALIDITYs", self.path)
 
     def number(self, query: str) -> int:
         return int(self.db.execute(query).fetchone()[0])
 
-    def marked(self, *values: int) -> list[int]:
-        """What must outlive the index, beside it: the last UIDVALIDITY, and how many UIDs were
-        given out before and after the last transaction that did (the index has its own count as
-        user_version). Written before that commits, and never synced: a copy tells, no crash."""
-        with open(self.mark, "r+b", 0) as file:
-            if values:
-                file.write(b"%11d%11d%11d\n" % values)
-            return [*values] or [int(word) for word in file.read().split()] or [0, 0, 0]
-
-    def recover(self) -> None:
-        """The index has given out fewer UIDs than the mark says: those are never given again. A
-        commit may have failed; or it is new or from a backup, not what clients know."""
-        _, before, after = self.marked()
-        missing = max(0, after - self.given)
-        self.db.execute("UPDATE mailbox SET uidnext = uidnext + ?", (missing,))
-        self.db.execute(f"PRAGMA user_version = {self.given + missing}")
-        if self.given < before:
-            log.warning("%s: new, or from a backup: new UIDVALIDITYs", self.path)
-            self.db.execute("UPDATE mailbox SET uidvalidity = ?", (self.new_uidvalidity(),))
-
-    def new_uidvalidity(self) -> int:
-        """Greater than any before, of this index or of a deleted one."""
-        last, *others = self.marked()
-        return self.marked(max(int(time.time()), last + 1), *others)[0]
-
     @contextlib.contextmanager
-    def transaction(self, kind: str = "IMMEDIATE", durable: bool = True) -> Iterator[None]:
-        """`durable`: on disk when it is over. Whatever hands out UIDs needs that; lost flags or
-        sizes are found again in the folder."""
-        self.db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-        with self.db:  # COMMIT at its end, or ROLLBACK
-            self.db.execute(f"BEGIN {kind}")
-            self.given = self.number("PRAGMA user_version")  # UIDs, in all mailboxes
-            yield
+    def transaction(self, least: int = 0) -> Iterator[None]:
+        """A change, on disk when it is over. If it fails, `undo` takes back what was done to
+        files; killed, the next look at the folder finds it."""
+        with contextlib.ExitStack() as self.undo:
+            with self.db:  # COMMIT at its end, or ROLLBACK
+                self.db.execute("BEGIN IMMEDIATE")
+                query = "UPDATE last SET stamp = max(stamp + 1, strftime('%s') + 0, ?)"
+                self.db.execute(query, (least,))
+                self.stamp = self.number("SELECT stamp FROM last")
+                yield
+            self.undo.pop_all()
+        with contextlib.suppress(FileNotFoundError):  # after the commit: never ahead of it
+            os.utime(self.mark, (self.stamp, self.stamp))
 
     # Mailboxes
 
     def folder(self, name: str) -> bytes:
-        return self.home if name == "INBOX" else self.home + b"/." + check_name(name).encode()
+        """The INBOX is the home. No other name may become part of a path."""
+        if name == "INBOX":
+            return self.home
+        if not NAME.fullmatch(name):
+            raise MailError("CANNOT", "Invalid mailbox name")
+        return self.home + b"/." + name.encode()
 
     def exists(self, name: str) -> bool:
-        return os.path.isdir(self.folder(name) + b"/cur")
+        folder = self.folder(name)
+        return os.path.isdir(folder + b"/cur") or os.path.isdir(folder + b"/new")
 
     def must_exist(self, name: str) -> None:
         if not self.exists(name):
             raise MailError("NONEXISTENT", f"Mailbox doesn't exist: {name}")
+        mend(self.folder(name))
 
     def names(self) -> list[str]:
         """All mailboxes that have a folder."""
-        names = {"INBOX"}
-        for entry in os.listdir(os.fsdecode(self.home)):
-            with contextlib.suppress(MailError):
-                if entry.startswith(".") and self.exists(entry[1:]):
-                    names.add(check_name(entry[1:]))
-        return sorted(names)
+        found = [each[1:] for each in os.listdir(os.fsdecode(self.home)) if each.startswith(".")]
+        return sorted({"INBOX", *(x for x in found if NAME.fullmatch(x) and self.exists(x))})
 
-    def by_id(self, number: int, uidvalidity: int = 0) -> Mailbox:
-        row = self.db.execute("SELECT * FROM mailbox WHERE id = ?", (number,)).fetchone()
-        if row is None or uidvalidity not in (0, row[2]):
-            raise MailError("NONEXISTENT", "Mailbox was deleted")
-        return Mailbox(*row)
+    def by_id(self, value: int | str, uidvalidity: int = 0, column: str = "id") -> Mailbox:
+        query = f"SELECT * FROM mailbox WHERE {column} = ?"
+        for row in map(Mailbox._make, self.db.execute(query, (value,)).fetchall()):
+            if uidvalidity in (0, row.uidvalidity):
+                return row
+        raise Deleted("NONEXISTENT", "Mailbox was deleted")
 
     def by_name(self, name: str) -> Mailbox:
         """The row of a folder that exists, made if need be."""
         self.must_exist(name)
-        query = "SELECT * FROM mailbox WHERE name = ?"
-        if not (row := self.db.execute(query, (name,)).fetchone()):
-            with self.transaction():
-                insert = "INSERT OR IGNORE INTO mailbox (name, uidvalidity) VALUES (?, ?)"
-                self.db.execute(insert, (name, self.new_uidvalidity()))
-            return self.by_name(name)
-        return Mailbox(*row)
+        with contextlib.suppress(Deleted):
+            return self.by_id(name, column="name")
+        with self.transaction():
+            query = "INSERT OR IGNORE INTO mailbox (name, uidvalidity, modseq) VALUES (?, ?, ?)"
+            self.db.execute(query, (name, self.stamp, self.stamp))
+            return self.by_id(name, column="name")
+
+    def move_folder(self, source: bytes, target: bytes) -> None:
+        os.rename(source, target)
+        self.undo.callback(os.rename, target, source)
 
     def create_folder(self, name: str) -> Mailbox:
+        made = self.home + b"/tmp/" + unique_name()
         with self.transaction():
             if self.exists(name):
                 raise MailError("ALREADYEXISTS", "Mailbox already exists")
-            self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))  # others took its folder
-            make_home(os.fsdecode(self.folder(name)))
-            open(self.folder(name) + b"/maildirfolder", "ab").close()  # Maildir++: no home
+            self.undo.callback(shutil.rmtree, made, ignore_errors=True)
+            os.mkdir(made, 0o700)
+            mend(made)
+            open(made + b"/maildirfolder", "wb").close()  # Maildir++: this is no home
+            self.move_folder(made, self.folder(name))
+            self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))
         return self.by_name(name)
 
     def delete_folder(self, name: str) -> None:
@@ -2961,36 +2938,37 @@ class Index:
         trash = self.home + b"/tmp/" + unique_name()
         with self.transaction():
             self.must_exist(name)
-            os.rename(self.folder(name), trash)
+            self.move_folder(self.folder(name), trash)
             self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))
         shutil.rmtree(trash, ignore_errors=True)
 
     def rename_folder(self, old: str, new: str) -> None:
         """With all folders below it. The INBOX stays; its messages go to the new one."""
         below = [name for name in self.names() if name == old or name.startswith(old + ".")]
-        targets = [check_name(new + name[len(old):]) for name in below]
-        if not below:
+        moves = {name: new + name[len(old):] for name in below}
+        if not moves:
             self.must_exist(old)
-        if new.startswith(old + ".") or any(self.exists(name) for name in targets):
+        if new.startswith(old + ".") or any(map(self.exists, moves.values())):
             raise MailError("ALREADYEXISTS", "Mailbox already exists, or would be below itself")
         if old == "INBOX":
-            source, target = self.refresh(self.by_name(old))[0], self.create_folder(new)
-            self.copy(source, [row.uid for row in self.rows(source.id)], target, move=True)
+            source, target = self.refresh(self.by_name(old)), self.create_folder(new)
+            query = "SELECT uid FROM message WHERE box = ?"
+            uids = [uid for uid, in self.db.execute(query, (source.id,)).fetchall()]
+            self.copy(source, uids, target, move=True)
             return
         with self.transaction():
-            for name, target_name in zip(below, targets):
-                os.rename(self.folder(name), self.folder(target_name))
+            for name, target_name in moves.items():
+                self.move_folder(self.folder(name), self.folder(target_name))
                 self.db.execute("DELETE FROM mailbox WHERE name = ?", (target_name,))
                 self.db.execute("UPDATE mailbox SET name = ? WHERE name = ?", (target_name, name))
 
     def subscriptions(self) -> list[str]:
         """Dovecot's file, so that they outlive the index: one name in a line, in its newer form
         under a version line and with tabs between the levels."""
-        try:
-            text = read_file(self.home + b"/subscriptions").decode("ascii", "ignore")
-        except FileNotFoundError:
-            return []
-        return sorted(set(re.findall("(?m)^(?!V\\.).+$", text.replace("\t", "."))))
+        names, path = set[str](), self.home + b"/subscriptions"
+        with contextlib.suppress(FileNotFoundError), open(path, errors="ignore") as file:
+            names.update(re.findall("(?m)^(?!V\\.).+$", file.read().replace("\t", ".")))
+        return sorted(names)
 
     def subscribe(self, name: str, wanted: bool) -> None:
         path = self.home + b"/subscriptions"
@@ -3002,127 +2980,87 @@ class Index:
 
     # Messages
 
-    def rows(self, number: int, low: int = 0, high: int = 2**32) -> list[MessageRow]:
-        query = "SELECT * FROM message WHERE box = ? AND uid BETWEEN ? AND ? ORDER BY uid"
-        return [MessageRow(*row) for row in self.db.execute(query, (number, low, high))]
+    def rows(self, number: int, uids: Iterable[int]) -> list[MessageRow]:
+        """Those of a mailbox's UIDs, as far as they exist, in order."""
+        query = f"SELECT * {CHOSEN} ORDER BY uid"
+        return [MessageRow(*row) for row in self.db.execute(query, (number, compact([*uids])))]
 
-    def picked(self, number: int, uids: Sequence[int]) -> list[MessageRow]:
-        """The rows of these (ascending) UIDs, as far as they exist."""
-        wanted = set(uids)
-        rows = self.rows(number, uids[0], uids[-1]) if wanted else []
-        return [row for row in rows if row.uid in wanted]
+    def put(self, number: int, messages: Iterable[tuple[int, bytes, str]]) -> None:
+        """Write the rows of UIDs, files and keywords."""
+        for uid, file, keywords in messages:
+            info = file.partition(b":2,")[2].decode("latin-1")
+            flags = "".join(letter for letter in "DFRST" if letter in info)
+            self.db.execute(PUT, (number, uid, file, flags, keywords, self.stamp))
 
-    def refresh(self, box: Mailbox, claim: bool = False, thorough: bool = True) -> Look:
-        """The row in agreement with its folder, and the folder's times as of then, or UNSETTLED.
-
-        `claim`: new messages are \\Recent for the caller and for nobody later. Unless `thorough`,
-        a folder that seems to be changed by nobody but ourselves isn't listed again.
-        """
-        folder = self.folder(box.name)
-        times = folder_times(folder)
-        known = times == (box.new, box.cur)
+    def refresh(self, box: Mailbox, claim: bool = False) -> Mailbox:
+        """The row in agreement with its folder; its times are UNSETTLED if it may not be yet.
+        `claim`: new messages are \\Recent for the caller and for nobody later."""
+        known = folder_times(self.folder(box.name)) == (box.new, box.cur)
         if known and not (claim and box.recent < box.uidnext):
-            return box, times
-        if not self.db.in_transaction:
-            with self.transaction():
-                return self.refresh(self.by_id(box.id), claim, thorough)
-        if not thorough and times == (-box.new, -box.cur):
-            times = UNSETTLED
-        elif not known:
-            box, times = self.compare(box, folder, times)
-        if claim and box.recent < box.uidnext:
-            self.db.execute("UPDATE mailbox SET recent = uidnext WHERE id = ?", (box.id,))
-        return box, times
+            return box
+        with self.transaction():
+            box = self.scan(self.by_id(box.id))
+            if claim:
+                self.db.execute("UPDATE mailbox SET recent = uidnext WHERE id = ?", (box.id,))
+        return box
 
-    def compare(self, box: Mailbox, folder: bytes, times: Times) -> Look:
+    def scan(self, box: Mailbox) -> Mailbox:
         """Bring the rows in line with the folder. readdir(3) may miss a file that is renamed
         meanwhile, so a message is only gone if it is missing in a folder whose times were old
         before the listing, and the same after it."""
-        calm, gone, changed = settled(times), [], []
-        try:
-            found = listing(folder)
-        except FileNotFoundError:
-            raise MailError("NONEXISTENT", "Mailbox was deleted") from None
+        self.must_exist(box.name)
+        folder, changed, gone = self.folder(box.name), [], []
+        times, now = folder_times(folder), time.clock_gettime_ns(FILE_CLOCK)
+        if times == (box.new, box.cur):
+            return box
+        # The clock for files ticks every few milliseconds, on some file systems every 2 seconds.
+        young = any(abs(now - t) < (YOUNG if t % 10**9 else 2 * 10**9) for t in times)
+        found = listing(folder)
         sweep(folder)
-        if not calm or folder_times(folder) != times:
+        if young or folder_times(folder) != times:
             times = UNSETTLED
-        for row in self.rows(box.id):
-            file = found.pop(base_of(row.file), None)
+        query = "SELECT uid, file, keywords FROM message WHERE box = ?"
+        for uid, old, keywords in self.db.execute(query, (box.id,)):
+            file = found.pop(base_of(old), None)
             if file is None:
-                gone.append(row.uid)
-            elif file != row.file:
-                modseq = row.modseq if flags_of(file) == row.flags else box.modseq + 1
-                changed.append(row._replace(file=file, flags=flags_of(file), modseq=modseq))
-        if gone and times != UNSETTLED:
-            self.forget(box.id, gone)
+                gone.append(uid)
+            elif file != old:
+                changed.append((uid, file, keywords))
+        if times != UNSETTLED:
+            self.db.execute(f"DELETE {CHOSEN}", (box.id, compact(gone)))
         fresh = sorted(found.values(), key=lambda file: (len(file.partition(b".")[0]), file[4:]))
-        changed += [box.added(uid, file) for uid, file in enumerate(fresh, box.uidnext)]
-        self.put(changed)
-        return self.note(box, times), times
-
-    def note(self, before: Mailbox, times: Times) -> Mailbox:
-        """The end of a change: count on from what it has left in the tables."""
-        self.db.execute(
-            "UPDATE mailbox SET new = ?, cur = ?,"
-            " uidnext = max(uidnext, (SELECT ifnull(max(uid), 0) + 1 FROM message WHERE box = id)),"
-            " modseq = max(modseq, (SELECT ifnull(max(modseq), 0) FROM message WHERE box = id),"
-            " (SELECT ifnull(max(modseq), 0) FROM expunged WHERE box = id)) WHERE id = ?",
-            (*times, before.id),
-        )
-        box = self.by_id(before.id)
-        if more := box.uidnext - before.uidnext:
-            given = self.number("PRAGMA user_version") + more
-            self.db.execute(f"PRAGMA user_version = {given}")
-            self.marked(self.marked()[0], self.given, given)
-        return box
-
-    @contextlib.contextmanager
-    def change(self, number: int, durable: bool = True) -> Iterator[Mailbox]:
-        """A change of our own, under the lock, to a mailbox that agrees with its folder. The
-        times are then negative: ours say nothing of others' changes."""
-        with self.transaction(durable=durable):
-            box = self.refresh(self.by_id(number), thorough=False)[0]
-            before = self.db.total_changes
-            yield box
-            if self.db.total_changes != before:
-                new, cur = folder_times(self.folder(box.name))
-                self.note(box, (-new, -cur))
-
-    def put(self, rows: Iterable[MessageRow]) -> None:
-        """Add or change rows; for the trigger, REPLACE deletes nothing."""
-        self.db.executemany("REPLACE INTO message VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-
-    def forget(self, number: int, uids: Sequence[int]) -> None:
-        """Delete rows; a trigger remembers their UIDs for sessions that know them."""
-        old = int(time.time()) - EXPUNGED_KEPT
-        self.db.execute("DELETE FROM expunged WHERE time < ?", (old,))
-        keys = [(number, uid) for uid in uids]
-        self.db.executemany("DELETE FROM message WHERE box = ? AND uid = ?", keys)
+        self.put(box.id, changed + [(uid, file, "") for uid, file in enumerate(fresh, box.uidnext)])
+        self.db.execute("UPDATE mailbox SET new = ?, cur = ? WHERE id = ?", (*times, box.id))
+        return self.by_id(box.id)
 
     def read(self, box: Mailbox, row: MessageRow) -> bytes:
         """The message as stored."""
-        return bytes(on_file(self.folder(box.name), row.file, read_file))
+        with on_file(self.folder(box.name), row.file, partial(open, mode="rb")) as file:
+            return bytes(file.read())
 
     def date(self, box: Mailbox, row: MessageRow) -> float:
         """INTERNALDATE: the file's time, which renames, links and backups keep."""
         when = on_file(self.folder(box.name), row.file, os.stat).st_mtime
         return float(min(max(when, -(2**31)), 2**35))  # years that datetime can do
 
-    def keep_sizes(self, number: int, sizes: dict[int, int]) -> None:
-        """Remember what had to be computed. That it fails when others are busy is no loss."""
-        rows = [(size, number, uid) for uid, size in sizes.items()]
-        with contextlib.suppress(sqlite3.OperationalError), self.transaction(durable=False):
-            self.db.executemany("UPDATE message SET size = ? WHERE box = ? AND uid = ?", rows)
+    def remember(self, number: int, parsed: Parsed) -> None:
+        """Keep what had to be computed. That it fails when others are busy is no loss."""
+        query = (
+            "INSERT OR IGNORE INTO parsed SELECT box, uid, ?, ? FROM message"
+            " WHERE box = ? AND uid = ?")
+        rows = [(item, value, number, uid) for (uid, item), value in parsed.items()]
+        with contextlib.suppress(sqlite3.OperationalError), self.transaction():
+            self.db.executemany(query, rows)
 
-    def known_keywords(self, box: Mailbox, wanted: Sequence[str]) -> list[str]:
+    def known_keywords(self, box: Mailbox, wanted: Iterable[str]) -> set[str]:
         """The keywords in the spelling this mailbox has for them; new ones are added to it."""
         known = {keyword.lower(): keyword for keyword in box.keywords.split()}
-        names = [known.setdefault(keyword.lower(), keyword) for keyword in wanted]
+        names = {known.setdefault(keyword.lower(), keyword) for keyword in wanted}
         if len(known) > KEYWORD_LIMIT:
             raise MailError("LIMIT", "Too many keywords in this mailbox")
-        if (words := " ".join(known.values())) != box.keywords:
-            self.db.execute("UPDATE mailbox SET keywords = ? WHERE id = ?", (words, box.id))
-        return list(dict.fromkeys(names))
+        words = " ".join(known.values())
+        self.db.execute("UPDATE mailbox SET keywords = ? WHERE id = ?", (words, box.id))
+        return names
 
     def store(
         self, number: int, uids: Sequence[int], how: str, flags: str,
@@ -3131,87 +3069,69 @@ class Index:
         """STORE with how "+", "-" or "" (replace): the MODSEQ of the change, and the UIDs left
         alone because they have changed since."""
         updates, refused = [], []
-        self.refresh(self.by_id(number), thorough=False)  # new messages get their UIDs durably
-        with self.change(number, durable=False) as box:
+        with self.transaction():
+            box = self.by_id(number)
+            if unchanged_since < 2**63:
+                self.scan(box)  # what others did counts, too
             folder, names = self.folder(box.name), self.known_keywords(box, keywords)
-            for row in self.picked(number, uids):
+            for row in self.rows(number, uids):
                 if row.modseq > unchanged_since:
                     refused.append(row.uid)
                     continue
-                file, letters = row.file, sorted(combine(how, row.flags, flags))
-                words = " ".join(combine(how, row.keywords.split(), names))
-                if letters != sorted(row.flags):
+                file, words = row.file, COMBINE[how]({*row.keywords.split()}, names)
+                if COMBINE[how]({*row.flags}, {*flags}) != {*row.flags}:
                     with contextlib.suppress(Vanished):  # of which the next look will tell
-                        file = on_file(folder, file, lambda path: reflag(path, how, flags))
-                elif words == row.keywords:
+                        file = on_file(folder, file, partial(reflag, how, flags))
+                elif words == {*row.keywords.split()}:
                     continue
-                updates.append(box.added(row.uid, file, words)._replace(size=row.size))
-            self.put(updates)
+                updates.append((row.uid, file, " ".join(sorted(words))))
+            self.put(number, updates)
             if updates:
                 os.utime(folder + b"/cur")  # keywords rename nothing, and yet sleepers must stir
-        return box.modseq + 1, refused
+        return self.stamp, refused
 
     def append(self, number: int, delivery: Delivery, flags: str, keywords: Sequence[str]) -> int:
         """Take in a delivery that is finished; return its UID."""
-        with self.change(number) as box:
-            names = " ".join(self.known_keywords(box, keywords))
-            self.put([box.added(box.uidnext, delivery.keep(flags), names)])
+        with self.transaction():
+            box = self.by_id(number)
+            words = " ".join(sorted(self.known_keywords(box, keywords)))
+            file = delivery.keep(flags)
+            self.undo.callback(os.unlink, delivery.folder + b"/" + file)
+            self.put(number, [(box.uidnext, file, words)])
         return box.uidnext
 
     def copy(self, source: Mailbox, uids: Sequence[int], target: Mailbox, move: bool) -> Pairs:
         """All or nothing: the UIDs here and there. Moving expunges when the copies are safe:
         killed in between, it leaves both, never none."""
-        with contextlib.ExitStack() as undo:
-            with self.change(target.id):
-                source = self.refresh(self.by_id(source.id), thorough=False)[0]
-                target = self.by_id(target.id)  # as it is now, if it is the source too
-                here, there = self.folder(source.name), self.folder(target.name)
-                if len(rows := self.picked(source.id, uids)) < len(uids):
-                    raise Vanished
-                words = {word for row in rows for word in row.keywords.split()}
-                self.known_keywords(target, sorted(words))
-                for uid, row in enumerate(rows, target.uidnext):
-                    file = b"cur/" + unique_name() + b":2," + row.flags.encode()
-                    path = there + b"/" + file
-                    on_file(here, row.file, partial(os.link, dst=path))
-                    undo.callback(os.unlink, path)
-                    self.put([target.added(uid, file, row.keywords)])
-                sync_directory(there + b"/cur")
-            undo.pop_all()
+        copies = []
+        with self.transaction():
+            target = self.by_id(target.id)
+            here, there = self.folder(self.by_id(source.id).name), self.folder(target.name)
+            if len(rows := self.rows(source.id, uids)) < len(uids):
+                raise Vanished("EXPUNGEISSUED", "Some of the messages no longer exist")
+            self.known_keywords(target, (word for row in rows for word in row.keywords.split()))
+            for uid, row in enumerate(rows, target.uidnext):
+                file = b"cur/" + unique_name() + b":2," + row.flags.encode()
+                on_file(here, row.file, partial(os.link, dst=there + b"/" + file))
+                self.undo.callback(os.unlink, there + b"/" + file)
+                copies.append((uid, file, row.keywords))
+            sync_directory(there + b"/cur")
+            self.put(target.id, copies)
         if move:
             self.expunge(source.id, uids)
-        return [(row.uid, uid) for uid, row in enumerate(rows, target.uidnext)]
+        return [(row.uid, uid) for row, (uid, *_) in zip(rows, copies)]
 
     def expunge(self, number: int, uids: Sequence[int], deleted_only: bool = False) -> None:
-        with self.change(number) as box:
-            rows = [r for r in self.picked(number, uids) if "T" in r.flags or not deleted_only]
+        with self.transaction():
+            box = self.scan(self.by_id(number))  # somebody may have taken \Deleted off again
+            rows = [r for r in self.rows(number, uids) if "T" in r.flags or not deleted_only]
             for row in rows:
                 with contextlib.suppress(Vanished):
                     on_file(self.folder(box.name), row.file, os.unlink)
-            if rows:
-                self.forget(number, [row.uid for row in rows])
+            self.db.execute(f"DELETE {CHOSEN}", (number, compact([row.uid for row in rows])))
 
 
-def combine(how: str, old: Sequence[str], change: Sequence[str]) -> list[str]:
-    """STORE's arithmetic.
-
-    >>> combine("+", "RS", "FS"), combine("-", "RS", "FS"), combine("", "RS", "FS")
-    (['R', 'S', 'F'], ['R'], ['F', 'S'])
-    """
-    if how == "-":
-        return [each for each in old if each not in change]
-    return list(dict.fromkeys([*(old if how else ()), *change]))
-
-
-def reflag(path: bytes, how: str, flags: str) -> bytes:
-    """Rename for new flags; letters that IMAP doesn't know stay (Dovecot's keywords, mutt's P)."""
-    folder, _, name = path.rsplit(b"/", 2)
-    info = name.partition(b":2,")[2].decode("latin-1")
-    kept = [letter for letter in info if how or letter not in "DFRST"]
-    letters = "".join(sorted({*combine(how or "+", kept, flags)}))
-    renamed = b"cur/" + name.partition(b":")[0] + b":2," + letters.encode("latin-1")
-    os.rename(path, folder + b"/" + renamed)
-    return renamed
+open_index = lru_cache(INDEXES_OPEN)(Index)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3892,7 +3812,7 @@ class Parser:
             return self.section(name == b"BODY")
         if name in (b"RFC822", b"RFC822.TEXT", b"RFC822.HEADER"):
             return Item(name, b"[]", what=name[7:].decode(), seen=name != b"RFC822.HEADER")
-        if name not in ITEMS:
+        if name not in ITEMS and name not in PARSED:
             raise BadCommand("Unknown FETCH item " + name.decode())
         return Item(name, name)
 
@@ -4000,6 +3920,7 @@ class View:
     @property
     def uids(self) -> array[int]:
         if self.known is None:
+            self.box()  # it must still be this one
             rows = self.query(
                 "SELECT uid FROM message WHERE box = ?1 AND uid < ?2 UNION "
                 "SELECT uid FROM expunged WHERE box = ?1 AND uid < ?2 AND modseq > ?3 ORDER BY 1",
@@ -4036,9 +3957,10 @@ class View:
         if self.quiet():
             return []
         index = self.index
-        claimed, times = index.refresh(self.box(), not self.readonly, thorough=expunges)
+        claimed = index.refresh(self.box(), not self.readonly)
         self.claim(claimed)
-        with index.transaction("DEFERRED"):  # all of what follows is of one moment
+        with index.db:
+            index.db.execute("BEGIN")  # all of what follows is of one moment
             box = self.box()
             since = "WHERE box = ? AND modseq > ? AND uid < ? ORDER BY uid"
             rows = self.query(f"SELECT uid FROM expunged {since}", self.expunged, self.uidnext)
@@ -4057,7 +3979,7 @@ class View:
         if expunges or not dead:
             lines += self.resize(dead, fresh) if dead or fresh or not self.uidnext else []
             self.uidnext, self.expunged = box.uidnext, box.modseq
-            self.new, self.cur = times
+            self.new, self.cur = claimed.new, claimed.cur
         return lines
 
     def resize(self, dead: list[int], fresh: list[int]) -> list[str]:
@@ -4084,9 +4006,9 @@ class View:
 class Candidate:
     """A message that FETCH or SEARCH looks at; its file is read when something in it is asked."""
 
-    def __init__(self, view: View, box: Mailbox, row: MessageRow, sizes: dict[int, int]) -> None:
+    def __init__(self, view: View, box: Mailbox, row: MessageRow, parsed: Parsed) -> None:
         self.view, self.box, self.row = view, box, row
-        self.sizes = sizes  # those computed, for the index
+        self.parsed = parsed  # what the index knows, and what it will
         self.number = view.number(row.uid)
         self.recent = view.is_recent(row.uid)
 
@@ -4094,10 +4016,13 @@ class Candidate:
     def message(self) -> Message:
         return Message(self.view.index.read(self.box, self.row))
 
+    def recall(self, item: bytes) -> bytes:
+        if (found := self.parsed.get((self.row.uid, item))) is None:
+            found = self.parsed[self.row.uid, item] = PARSED[item](self.message)
+        return found
+
     def size(self) -> int:
-        if self.row.size is None:
-            self.sizes[self.row.uid] = self.message.size
-        return self.row.size or self.message.size
+        return int(self.recall(b"RFC822.SIZE"))
 
     def when(self) -> datetime.datetime:
         seconds = self.view.index.date(self.box, self.row)
@@ -4116,6 +4041,8 @@ class Candidate:
         return text in self.message.header_text(name).casefold()
 
     def value(self, item: Item) -> bytes:
+        if item.kind in PARSED:
+            return item.label + b" " + self.recall(item.kind)
         if item.kind in ITEMS:
             return item.label + b" " + ITEMS[item.kind](self)
         data = self.message.section(item.part, item.what, item.fields) or b""
@@ -4127,11 +4054,13 @@ ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {
     b"UID": lambda m: b"%d" % m.row.uid,
     b"FLAGS": lambda m: flag_list(m.row.flags, m.row.keywords, m.recent).encode(),
     b"INTERNALDATE": lambda m: f'"{m.when():%d-%b-%Y %H:%M:%S %z}"'.encode(),
-    b"RFC822.SIZE": lambda m: b"%d" % m.size(),
     b"MODSEQ": lambda m: b"(%d)" % m.row.modseq,
-    b"ENVELOPE": lambda m: m.message.envelope(),
-    b"BODY": lambda m: m.message.bodystructure(False),
-    b"BODYSTRUCTURE": lambda m: m.message.bodystructure(True),
+}
+PARSED: dict[bytes, Callable[[Message], bytes]] = {  # never change, and are kept in the index
+    b"RFC822.SIZE": lambda m: b"%d" % m.size,
+    b"ENVELOPE": Message.envelope,
+    b"BODY": lambda m: m.bodystructure(False),
+    b"BODYSTRUCTURE": lambda m: m.bodystructure(True),
 }
 INDEXED = (b"UID", b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"MODSEQ")  # first in an answer
 
@@ -4354,6 +4283,9 @@ class CommandSession(Session):
                 text = f"OK {text}"
         except BadCommand as error:
             text = f"BAD {error}."
+        except Deleted as error:
+            text = str(error)
+            yield self.bye(text)
         except FAULTS as error:
             text = self.refusal(error)
         if not text:
@@ -4630,7 +4562,7 @@ class ImapSession(CommandSession):
                 yield row % (command, b" ".join(flags), atom_or_quoted(name))
 
     def status(self, name: str, items: list[str]) -> Reply:
-        box = self.index.refresh(self.index.by_name(name))[0]
+        box = self.index.refresh(self.index.by_name(name))
         query = (
             "SELECT count(*), ifnull(sum(uid >= ?), 0), ifnull(sum(flags NOT LIKE '%S%'), 0)"
             " FROM message WHERE box = ?")
@@ -4711,16 +4643,19 @@ class ImapSession(CommandSession):
         few before they are sent."""
         size = BATCH_READ if see else BATCH
         for at in range(0, len(uids), size):
-            box, sizes, part = view.box(), dict[int, int](), uids[at : at + size]
-            rows = view.index.picked(box.id, part)
+            box, part = view.box(), uids[at : at + size]
+            query = "SELECT uid, item, value FROM parsed WHERE box = ? AND uid BETWEEN ? AND ?"
+            found = view.query(query, part[0], part[-1])
+            parsed = {(uid, item): value for uid, item, value in found}
+            rows = view.index.rows(box.id, part)
             unseen = [row.uid for row in rows if see and "S" not in row.flags]
             if unseen:
                 self.own.add(view.index.store(box.id, unseen, "+", "S")[0])
-                rows = view.index.picked(box.id, part)
+                rows = view.index.rows(box.id, part)
             for row in rows:
-                yield Candidate(view, box, row, sizes)
-            if sizes:
-                view.index.keep_sizes(box.id, sizes)
+                yield Candidate(view, box, row, parsed)
+            if len(parsed) > len(found):
+                view.index.remember(box.id, parsed)
 
     def copy(self, view: View, ranges: Ranges, name: str, move: bool = False) -> Step:
         if not (uids := self.pick(view, ranges)):
@@ -4795,8 +4730,11 @@ class ImapSession(CommandSession):
         if message.row.modseq in self.own:  # by walk(): tell the flags here
             items = [*items, Item(b"FLAGS", b"FLAGS")]
         items = sorted(dict.fromkeys(items), key=lambda item: item.kind not in INDEXED)
-        if items[-1].kind not in INDEXED:
-            message.message  # noqa: B018
+        for item in items:
+            if item.kind in PARSED:
+                message.recall(item.kind)
+            elif item.kind == b"[]":
+                message.message  # noqa: B018
         text, gap = b"* %d FETCH" % message.number, b" ("
         for item in items:
             if item.kind not in INDEXED:
