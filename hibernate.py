@@ -2713,16 +2713,6 @@ def listing(folder: bytes) -> dict[bytes, bytes]:
     return {base_of(name): name for name in names if not name.startswith(b".", 4)}
 
 
-def sweep(folder: bytes) -> None:
-    """Remove what failed deliveries and deletions have left in tmp/ for 36 hours, the Maildir
-    rule. By ctime: an APPEND under way may have given its file a date of long ago."""
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(folder + b"/tmp"):
-            if time.time() - entry.stat(follow_symlinks=False).st_ctime > 36 * 3600:
-                folders = entry.is_dir(follow_symlinks=False)
-                shutil.rmtree(entry.path) if folders else os.unlink(entry.path)
-
-
 def on_file(folder: bytes, file: bytes, action: Callable[[bytes], Any]) -> Any:
     """action(path of the file), wherever another program has just renamed it to."""
     with contextlib.suppress(FileNotFoundError, KeyError):
@@ -2753,7 +2743,7 @@ def mend(folder: bytes) -> None:
 
 class Delivery:
     """A message on its way into a folder: write() it to tmp/, then finish() and keep(), after
-    which it is on disk under its final name; or drop(). Stored lines end in LF, as mutt expects."""
+    which it is on disk under its final name; then close(). Stored lines end in LF, as mutt expects."""
 
     def __init__(self, folder: bytes) -> None:
         self.folder = folder
@@ -2782,7 +2772,7 @@ class Delivery:
         sync_directory(self.folder + b"/" + file[:3])
         return file
 
-    def drop(self) -> None:
+    def close(self) -> None:
         with contextlib.suppress(OSError):  # a full disk: close() tries to write what is left
             self.file.close()
         with contextlib.suppress(FileNotFoundError):
@@ -2799,13 +2789,10 @@ def deliver(home: str, source: BinaryIO) -> None:
     """Put a message into the INBOX, as a delivery agent does; OSError if that can't be done."""
     os.makedirs(home, 0o700, exist_ok=True)
     mend(os.fsencode(home))
-    delivery = Delivery(os.fsencode(home))
-    try:
+    with contextlib.closing(Delivery(os.fsencode(home))) as delivery:
         shutil.copyfileobj(source, delivery)
         delivery.finish()
         delivery.keep()
-    finally:
-        delivery.drop()
 
 
 class Index:
@@ -2821,40 +2808,34 @@ class Index:
 
     def __init__(self, home: str, inode: int = 0) -> None:
         os.makedirs(home, 0o700, exist_ok=True)
-        self.home, self.path = os.fsencode(home), f"{home}/hibernate.sqlite3"
-        self.mark = f"{home}/hibernate.uids"
+        self.home, self.mark = os.fsencode(home), f"{home}/hibernate.uids"
         mend(self.home)
-        with open(self.mark, "a") as mark:
-            fcntl.flock(mark, fcntl.LOCK_EX)  # one process at a time makes or discards an index
-            try:
-                self.connect()
-            except sqlite3.OperationalError:
-                raise
-            except sqlite3.DatabaseError as error:
-                self.put_aside(error)
-                self.connect()
+        path = f"{home}/hibernate.sqlite3"
+        with open(self.mark, "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time makes or discards an index
+            if fresh := not os.path.exists(path):
+                for rest in ("-wal", "-shm"):  # of a deleted one, which others may still have open
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path + rest)
+            self.db = sqlite3.connect(path, INDEX_PATIENCE, isolation_level=None)
+            self.db.executescript("PRAGMA cache_size = -64; PRAGMA synchronous = FULL")
+            if fresh:
+                self.db.executescript(SCHEMA)
+            elif self.number("PRAGMA application_id") != INDEX_VERSION:
+                self.put_aside(home, "not our index, or of another version")
+                raise FileNotFoundError  # at() makes another
+            mark = int(os.stat(self.mark).st_mtime)  # before the stamp, which others move on
+            if mark > self.number("SELECT stamp FROM last"):
+                with self.transaction(mark + 1):
+                    query = "UPDATE mailbox SET uidvalidity = ?"
+                    if self.db.execute(query, (self.stamp,)).rowcount:
+                        log.warning("%s: from a backup, new UIDVALIDITYs", path)
 
-    def put_aside(self, error: Exception) -> None:
+    @staticmethod
+    def put_aside(home: str, reason: object) -> None:
         """Out of the way, but there for whoever wants to look. It costs new UIDVALIDITYs."""
-        log.warning("%s: %s, put aside as .bad", self.path, error)
-        os.replace(self.path, self.path + ".bad")
-
-    def connect(self) -> None:
-        if fresh := not os.path.exists(self.path):
-            for rest in ("-wal", "-shm"):  # of a deleted one, which others may still have open
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.path + rest)
-        self.db = sqlite3.connect(self.path, INDEX_PATIENCE, isolation_level=None)
-        self.db.executescript("PRAGMA cache_size = -64; PRAGMA synchronous = FULL")
-        if fresh:
-            self.db.executescript(SCHEMA)
-        elif self.number("PRAGMA application_id") != INDEX_VERSION:
-            raise sqlite3.DatabaseError("not our index, or of another version")
-        mark = int(os.stat(self.mark).st_mtime)  # before the stamp, which others are moving on
-        if mark > self.number("SELECT stamp FROM last"):
-            with self.transaction(mark + 1):
-                if self.db.execute("UPDATE mailbox SET uidvalidity = ?", (self.stamp,)).rowcount:
-                    log.warning("%s: from a backup, new UIDVALIDITYs", self.path)
+        log.warning("%s/hibernate.sqlite3: %s, put aside as .bad", home, reason)
+        os.replace(f"{home}/hibernate.sqlite3", f"{home}/hibernate.sqlite3.bad")
 
     def number(self, query: str) -> int:
         return int(self.db.execute(query).fetchone()[0])
@@ -2866,9 +2847,9 @@ class Index:
         with contextlib.ExitStack() as self.undo:
             with self.db:  # COMMIT at its end, or ROLLBACK
                 self.db.execute("BEGIN IMMEDIATE")
-                query = "UPDATE last SET stamp = max(stamp + 1, strftime('%s') + 0, ?)"
-                self.db.execute(query, (least,))
-                self.stamp = self.number("SELECT stamp FROM last")
+                last = self.number("SELECT stamp FROM last")
+                self.stamp = max(last + 1, int(time.time()), least)
+                self.db.execute("UPDATE last SET stamp = ?", (self.stamp,))
                 yield
             self.undo.pop_all()
         with contextlib.suppress(FileNotFoundError):  # after the commit: never ahead of it
@@ -2885,8 +2866,7 @@ class Index:
         return self.home + b"/." + name.encode()
 
     def exists(self, name: str) -> bool:
-        folder = self.folder(name)
-        return os.path.isdir(folder + b"/cur") or os.path.isdir(folder + b"/new")
+        return os.path.isdir(self.folder(name))
 
     def must_exist(self, name: str) -> None:
         if not self.exists(name):
@@ -3016,7 +2996,11 @@ class Index:
         # The clock for files ticks every few milliseconds, on some file systems every 2 seconds.
         young = any(abs(now - t) < (YOUNG if t % 10**9 else 2 * 10**9) for t in times)
         found = listing(folder)
-        sweep(folder)
+        with contextlib.suppress(OSError):  # what was left unfinished 36 hours ago (Maildir's rule)
+            for entry in os.scandir(folder + b"/tmp"):
+                if time.time() - entry.stat(follow_symlinks=False).st_ctime > 36 * 3600:
+                    remove = shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.unlink
+                    remove(entry.path)
         if young or folder_times(folder) != times:
             times = UNSETTLED
         query = "SELECT uid, file, keywords FROM message WHERE box = ?"
@@ -4242,7 +4226,7 @@ class CommandSession(Session):
 
     def drop_upload(self) -> None:
         if self.upload:
-            self.upload.drop()
+            self.upload.close()
         self.upload = self.fault = None
 
     def too_long(self) -> Reply:
@@ -4305,8 +4289,8 @@ class CommandSession(Session):
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return "NO [INUSE] Mailbox is in use by another session."
         log.error("%s: %s", type(error).__name__, error)
-        if code == sqlite3.SQLITE_CORRUPT:
-            self.index.put_aside(error)
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            Index.put_aside(self.home, error)
         if code == sqlite3.SQLITE_FULL or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return "NO [OVERQUOTA] Not enough disk space."
         return "NO [SERVERBUG] Internal error, it is in the server's log."
