@@ -2596,8 +2596,7 @@ def bind(address: str, port: int, reuse_port: bool, patience: float) -> socket.s
 # locked; nothing in here may yield to the engine with that lock held.
 #
 # Delivered files stay in new/ until a flag is set: moving them to cur/ at SELECT, as others do,
-# stirs all sleepers again, to tell them nothing. \Recent goes by UID. Symbolic links are followed:
-# nobody can make one by IMAP.
+# stirs all sleepers again, to tell them nothing. Symbolic links are followed: none is made here.
 # ------------------------------------------------------------------------------------------------
 
 INDEX_VERSION = 0x48420006  # as application_id; any other file in its place is put aside
@@ -2646,7 +2645,6 @@ INSERT INTO message VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
     file = excluded.file, flags = excluded.flags, keywords = excluded.keywords
 """
 
-Times = tuple[int, int]  # st_mtime_ns of new/ and cur/; negative if there is no such folder
 Pairs = list[tuple[int, int]]  # UIDs: in the source, in the target
 Parsed = dict[tuple[int, bytes], bytes]  # by UID and item of FETCH
 
@@ -2700,7 +2698,8 @@ def base_of(file: bytes) -> bytes:
     return file[4:].partition(b":")[0]
 
 
-def folder_times(folder: bytes) -> Times:
+def folder_times(folder: bytes) -> tuple[int, int]:
+    """st_mtime_ns of new/ and cur/, negative if there is no such folder."""
     with contextlib.suppress(FileNotFoundError):
         return os.stat(folder + b"/new").st_mtime_ns, os.stat(folder + b"/cur").st_mtime_ns
     return -1, -1
@@ -2711,16 +2710,6 @@ def listing(folder: bytes) -> dict[bytes, bytes]:
     names = [b"new/" + file.name for file in os.scandir(folder + b"/new") if file.is_file()]
     names += [b"cur/" + file.name for file in os.scandir(folder + b"/cur") if file.is_file()]
     return {base_of(name): name for name in names if not name.startswith(b".", 4)}
-
-
-def on_file(folder: bytes, file: bytes, action: Callable[[bytes], Any]) -> Any:
-    """action(path of the file), wherever another program has just renamed it to."""
-    with contextlib.suppress(FileNotFoundError, KeyError):
-        for _ in range(3):
-            with contextlib.suppress(FileNotFoundError):
-                return action(folder + b"/" + file)
-            file = listing(folder)[base_of(file)]
-    raise Vanished("EXPUNGEISSUED", "Some of the messages no longer exist")
 
 
 def reflag(how: str, flags: str, path: bytes) -> bytes:
@@ -2743,14 +2732,14 @@ def mend(folder: bytes) -> None:
 
 class Delivery:
     """A message on its way into a folder: write() it to tmp/, then finish() and keep(), after
-    which it is on disk under its final name; then close(). Stored lines end in LF, as mutt expects."""
+    which it is on disk under its final name; then close(). Lines end in LF, as mutt expects."""
 
     def __init__(self, folder: bytes) -> None:
         self.folder = folder
         self.name = unique_name()
         self.path = folder + b"/tmp/" + self.name
         self.held = b""  # a CR at the end of a chunk, until we see what follows
-        self.file = open(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb")
+        self.file = open(self.path, "xb")
 
     def write(self, data: bytes) -> None:
         data = self.held + data
@@ -2762,8 +2751,7 @@ class Delivery:
         with self.file:
             self.file.write(self.held)
             self.file.flush()
-            if when is not None:
-                os.utime(self.path, (when, when))
+            os.utime(self.path, None if when is None else (when, when))
             os.fsync(self.file.fileno())
 
     def keep(self, flags: str = "") -> bytes:
@@ -2895,9 +2883,11 @@ class Index:
             self.db.execute(query, (name, self.stamp, self.stamp))
             return self.by_id(name, column="name")
 
-    def move_folder(self, source: bytes, target: bytes) -> None:
+    def move_folder(self, source: bytes, target: bytes, name: str) -> None:
+        """Rename a folder, and forget what the index has of that name."""
         os.rename(source, target)
         self.undo.callback(os.rename, target, source)
+        self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))
 
     def create_folder(self, name: str) -> Mailbox:
         made = self.home + b"/tmp/" + unique_name()
@@ -2908,8 +2898,7 @@ class Index:
             os.mkdir(made, 0o700)
             mend(made)
             open(made + b"/maildirfolder", "wb").close()  # Maildir++: this is no home
-            self.move_folder(made, self.folder(name))
-            self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))
+            self.move_folder(made, self.folder(name), name)
         return self.by_name(name)
 
     def delete_folder(self, name: str) -> None:
@@ -2918,8 +2907,7 @@ class Index:
         trash = self.home + b"/tmp/" + unique_name()
         with self.transaction():
             self.must_exist(name)
-            self.move_folder(self.folder(name), trash)
-            self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))
+            self.move_folder(self.folder(name), trash, name)
         shutil.rmtree(trash, ignore_errors=True)
 
     def rename_folder(self, old: str, new: str) -> None:
@@ -2931,16 +2919,14 @@ class Index:
         if new.startswith(old + ".") or any(map(self.exists, moves.values())):
             raise MailError("ALREADYEXISTS", "Mailbox already exists, or would be below itself")
         if old == "INBOX":
-            source, target = self.refresh(self.by_name(old)), self.create_folder(new)
-            query = "SELECT uid FROM message WHERE box = ?"
-            uids = [uid for uid, in self.db.execute(query, (source.id,)).fetchall()]
-            self.copy(source, uids, target, move=True)
+            inbox, query = self.refresh(self.by_name(old)), "SELECT uid FROM message WHERE box = ?"
+            uids = [uid for uid, in self.db.execute(query, (inbox.id,)).fetchall()]
+            self.copy(inbox, uids, self.create_folder(new), move=True)
             return
         with self.transaction():
-            for name, target_name in moves.items():
-                self.move_folder(self.folder(name), self.folder(target_name))
-                self.db.execute("DELETE FROM mailbox WHERE name = ?", (target_name,))
-                self.db.execute("UPDATE mailbox SET name = ? WHERE name = ?", (target_name, name))
+            for name, target in moves.items():
+                self.move_folder(self.folder(name), self.folder(target), target)
+                self.db.execute("UPDATE mailbox SET name = ? WHERE name = ?", (target, name))
 
     def subscriptions(self) -> list[str]:
         """Dovecot's file, so that they outlive the index: one name in a line, in its newer form
@@ -3017,22 +3003,20 @@ class Index:
         self.db.execute("UPDATE mailbox SET new = ?, cur = ? WHERE id = ?", (*times, box.id))
         return self.by_id(box.id)
 
-    def read(self, box: Mailbox, row: MessageRow) -> bytes:
-        """The message as stored."""
-        with on_file(self.folder(box.name), row.file, partial(open, mode="rb")) as file:
-            return bytes(file.read())
-
-    def date(self, box: Mailbox, row: MessageRow) -> float:
-        """INTERNALDATE: the file's time, which renames, links and backups keep."""
-        when = on_file(self.folder(box.name), row.file, os.stat).st_mtime
-        return float(min(max(when, -(2**31)), 2**35))  # years that datetime can do
+    def on_file(self, box: Mailbox, row: MessageRow, action: Callable[[bytes], Any]) -> Any:
+        """action(path of the file), wherever another program has just renamed it to."""
+        folder, file = self.folder(box.name), row.file
+        with contextlib.suppress(FileNotFoundError, KeyError):
+            for _ in range(3):
+                with contextlib.suppress(FileNotFoundError):
+                    return action(folder + b"/" + file)
+                file = listing(folder)[base_of(file)]
+        raise Vanished("EXPUNGEISSUED", "Some of the messages no longer exist")
 
     def remember(self, number: int, parsed: Parsed) -> None:
         """Keep what had to be computed. That it fails when others are busy is no loss."""
-        query = (
-            "INSERT OR IGNORE INTO parsed SELECT box, uid, ?, ? FROM message"
-            " WHERE box = ? AND uid = ?")
-        rows = [(item, value, number, uid) for (uid, item), value in parsed.items()]
+        query = f"INSERT OR IGNORE INTO parsed SELECT box, uid, ?, ? {CHOSEN}"
+        rows = [(item, value, number, f"[{uid}]") for (uid, item), value in parsed.items()]
         with contextlib.suppress(sqlite3.OperationalError), self.transaction():
             self.db.executemany(query, rows)
 
@@ -3057,7 +3041,7 @@ class Index:
             box = self.by_id(number)
             if unchanged_since < 2**63:
                 self.scan(box)  # what others did counts, too
-            folder, names = self.folder(box.name), self.known_keywords(box, keywords)
+            names = self.known_keywords(box, keywords)
             for row in self.rows(number, uids):
                 if row.modseq > unchanged_since:
                     refused.append(row.uid)
@@ -3065,13 +3049,13 @@ class Index:
                 file, words = row.file, COMBINE[how]({*row.keywords.split()}, names)
                 if COMBINE[how]({*row.flags}, {*flags}) != {*row.flags}:
                     with contextlib.suppress(Vanished):  # of which the next look will tell
-                        file = on_file(folder, file, partial(reflag, how, flags))
+                        file = self.on_file(box, row, partial(reflag, how, flags))
                 elif words == {*row.keywords.split()}:
                     continue
                 updates.append((row.uid, file, " ".join(sorted(words))))
             self.put(number, updates)
             if updates:
-                os.utime(folder + b"/cur")  # keywords rename nothing, and yet sleepers must stir
+                os.utime(self.folder(box.name) + b"/cur")  # keywords rename nothing, but must stir
         return self.stamp, refused
 
     def append(self, number: int, delivery: Delivery, flags: str, keywords: Sequence[str]) -> int:
@@ -3089,14 +3073,14 @@ class Index:
         killed in between, it leaves both, never none."""
         copies = []
         with self.transaction():
-            target = self.by_id(target.id)
-            here, there = self.folder(self.by_id(source.id).name), self.folder(target.name)
+            source, target = self.by_id(source.id), self.by_id(target.id)
+            there = self.folder(target.name)
             if len(rows := self.rows(source.id, uids)) < len(uids):
                 raise Vanished("EXPUNGEISSUED", "Some of the messages no longer exist")
             self.known_keywords(target, (word for row in rows for word in row.keywords.split()))
             for uid, row in enumerate(rows, target.uidnext):
                 file = b"cur/" + unique_name() + b":2," + row.flags.encode()
-                on_file(here, row.file, partial(os.link, dst=there + b"/" + file))
+                self.on_file(source, row, partial(os.link, dst=there + b"/" + file))
                 self.undo.callback(os.unlink, there + b"/" + file)
                 copies.append((uid, file, row.keywords))
             sync_directory(there + b"/cur")
@@ -3111,7 +3095,7 @@ class Index:
             rows = [r for r in self.rows(number, uids) if "T" in r.flags or not deleted_only]
             for row in rows:
                 with contextlib.suppress(Vanished):
-                    on_file(self.folder(box.name), row.file, os.unlink)
+                    self.on_file(box, row, os.unlink)
             self.db.execute(f"DELETE {CHOSEN}", (number, compact([row.uid for row in rows])))
 
 
@@ -3998,7 +3982,8 @@ class Candidate:
 
     @cached_property
     def message(self) -> Message:
-        return Message(self.view.index.read(self.box, self.row))
+        with self.view.index.on_file(self.box, self.row, partial(open, mode="rb")) as file:
+            return Message(file.read())
 
     def recall(self, item: bytes) -> bytes:
         if (found := self.parsed.get((self.row.uid, item))) is None:
@@ -4009,8 +3994,10 @@ class Candidate:
         return int(self.recall(b"RFC822.SIZE"))
 
     def when(self) -> datetime.datetime:
-        seconds = self.view.index.date(self.box, self.row)
-        return datetime.datetime.fromtimestamp(seconds).astimezone()
+        """INTERNALDATE: the file's time, which renames, links and backups keep."""
+        seconds = self.view.index.on_file(self.box, self.row, os.stat).st_mtime
+        possible = min(max(seconds, -(2**31)), 2**35)  # years that datetime can do
+        return datetime.datetime.fromtimestamp(possible).astimezone()
 
     def day(self) -> int:
         return self.when().toordinal()
