@@ -4609,14 +4609,14 @@ class ImapSession(CommandSession):
             wanted.update(uids[first:stop])
         return sorted(wanted)
 
-    def walk(self, view: View, uids: Sequence[int], see: bool = False) -> Iterator[Candidate]:
+    def walk(self, view: View, uids: Sequence[int], recall: bool, see: bool) -> Iterator[Candidate]:
         """The messages that still exist, some looked up at a time; to `see` them sets \\Seen, of
-        few before they are sent."""
+        few before they are sent; `recall` what is known of their text."""
         size = BATCH_READ if see else BATCH
         for at in range(0, len(uids), size):
             box, part = view.box(), uids[at : at + size]
             query = "SELECT uid, item, value FROM parsed WHERE box = ? AND uid BETWEEN ? AND ?"
-            found = view.query(query, part[0], part[-1])
+            found = view.query(query, part[0], part[-1]) if recall else []
             parsed = {(uid, item): value for uid, item, value in found}
             rows = view.index.rows(box.id, part)
             unseen = [row.uid for row in rows if see and "S" not in row.flags]
@@ -4663,7 +4663,7 @@ class ImapSession(CommandSession):
         if modseqs:
             yield from self.use_condstore()
         found, highest = [""], 0
-        for message in self.walk(view, view.uids):
+        for message in self.walk(view, view.uids, True, False):
             with contextlib.suppress(Vanished):
                 if key.test(message):
                     found.append(str(message.row.uid if self.by_uid else message.number))
@@ -4680,8 +4680,9 @@ class ImapSession(CommandSession):
         if any(item.kind == b"MODSEQ" for item in items):
             yield from self.use_condstore()
         see = not view.readonly and any(item.seen for item in items)
+        recall = any(item.kind in PARSED for item in items)
         chunk = b""  # small answers travel together, but none waits for long
-        for count, message in enumerate(self.walk(view, uids, see), 1):
+        for count, message in enumerate(self.walk(view, uids, recall, see), 1):
             with contextlib.suppress(Vanished):
                 for part in self.fetched(message, items) if message.row.modseq > since else ():
                     chunk += part
