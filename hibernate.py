@@ -2614,7 +2614,6 @@ COMBINE: dict[str, Callable[[set[str], set[str]], set[str]]] = {  # STORE FLAGS,
 
 SCHEMA = f"""
 PRAGMA journal_mode = WAL;
-BEGIN;
 CREATE TABLE last AS SELECT 0 AS stamp;
 CREATE TABLE mailbox (id INTEGER PRIMARY KEY AUTOINCREMENT, name UNIQUE, uidvalidity, modseq,
     uidnext DEFAULT 1, recent DEFAULT 1, keywords DEFAULT '', new DEFAULT 0, cur DEFAULT 0);
@@ -2635,8 +2634,7 @@ CREATE TRIGGER gone AFTER DELETE ON message BEGIN
 CREATE TRIGGER erased AFTER DELETE ON mailbox BEGIN
     DELETE FROM message WHERE box = old.id; DELETE FROM expunged WHERE box = old.id; END;
 PRAGMA application_id = {INDEX_VERSION};
-COMMIT;
-"""
+"""  # at last: without it a file that was begun is put aside
 CHOSEN = "FROM message WHERE box = ? AND uid IN (SELECT value FROM json_each(?))"
 # A new row, or a change to one. Moved to cur/ without another flag it is no news for clients.
 PUT = """
@@ -3036,23 +3034,20 @@ class Index:
     ) -> tuple[int, list[int]]:
         """STORE with how "+", "-" or "" (replace): the MODSEQ of the change, and the UIDs left
         alone because they have changed since."""
-        updates, refused = [], []
+        updates, refused, change = [], [], COMBINE[how]
         with self.transaction():
             box = self.by_id(number)
             if unchanged_since < 2**63:
                 self.scan(box)  # what others did counts, too
             names = self.known_keywords(box, keywords)
             for row in self.rows(number, uids):
+                letters, words = {*row.flags}, {*row.keywords.split()}
                 if row.modseq > unchanged_since:
                     refused.append(row.uid)
-                    continue
-                file, words = row.file, COMBINE[how]({*row.keywords.split()}, names)
-                if COMBINE[how]({*row.flags}, {*flags}) != {*row.flags}:
+                elif change(letters, {*flags}) != letters or change(words, names) != words:
                     with contextlib.suppress(Vanished):  # of which the next look will tell
                         file = self.on_file(box, row, partial(reflag, how, flags))
-                elif words == {*row.keywords.split()}:
-                    continue
-                updates.append((row.uid, file, " ".join(sorted(words))))
+                        updates.append((row.uid, file, " ".join(sorted(change(words, names)))))
             self.put(number, updates)
             if updates:
                 os.utime(self.folder(box.name) + b"/cur")  # keywords rename nothing, but must stir

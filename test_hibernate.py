@@ -2130,6 +2130,19 @@ def test_what_is_missing_of_a_maildir_is_made_again(server, user, part):
         assert f"* {1 if part == 'cur' else 4} EXISTS" in client.cmd("SELECT Work")
 
 
+def test_what_fetch_computes_is_kept_and_told_again(server, user):
+    home, items = three_messages(server, user), "(ENVELOPE BODYSTRUCTURE BODY RFC822.SIZE)"
+    (home / ".Work" / "cur" / "2.P1.example:2,S").write_bytes(MULTIPART)
+    with Imap(server, user) as client:
+        client.cmd("SELECT Work")
+        said = client.cmd(f"FETCH 1:* {items}")[:-1]
+        for file in (home / ".Work" / "cur").iterdir():
+            file.write_bytes(b"")
+        client.cmd("STORE 2 +FLAGS.SILENT (\\Flagged)")
+        assert client.cmd(f"FETCH 1:* {items}")[:-1] == said
+        assert "Flagged" in client.cmd("FETCH 2 (FLAGS BODY)")[0]
+
+
 def test_folders_are_made_and_renamed_whole_or_not_at_all():
     with Server(allow="NotADirectoryError") as server, Imap(server, "alice") as client:
         for name in ("A", "A.one", "A.two"):
