@@ -109,6 +109,7 @@ MAIL_TIME = 300.0  # the same for a sleeper that has only news for its client
 SLEEP_TIME = 1.0  # seconds of one attempt to fall asleep …
 AWAKE_TIME = 5.0  # … and at least until the next: full keepers are not to be stormed
 YOUNG = 20_000_000  # ns: a directory changed this recently may change again within one tick
+FILE_CLOCK = 5 if sys.platform == "linux" else time.CLOCK_REALTIME  # ticks: CLOCK_REALTIME_COARSE
 OUTPUT_HIGH = 64 * 1024  # a reply pauses while this much waits for a slow client
 BURST = 32  # chunks of one session's replies before the others have a turn
 FULL_TIME = 10.0  # seconds that connections wait while all processes are full
@@ -936,7 +937,7 @@ def directory_time(path: str) -> int:
 
 def changed_since(paths: list[str], times: Sequence[int], young: int) -> bool:
     """Has a directory another time than it had, or one less than `young` ns ago?"""
-    now = time.time_ns()
+    now = time.clock_gettime_ns(FILE_CLOCK)
     found = [directory_time(path) for path in paths]
     return found != list(times) or any(abs(now - stamp) < young for stamp in found)
 
@@ -2605,7 +2606,6 @@ INDEX_PATIENCE = 0.2  # seconds to wait for another process's transaction, then 
 EXPUNGED_KEPT = 7 * 86400  # in stamps: about as many seconds; no session is that far behind
 KEYWORD_LIMIT = 500  # keywords of one mailbox
 UNSETTLED = (0, 0)  # in place of times: look again, the folder is changing right now
-FILE_CLOCK = 5 if sys.platform == "linux" else time.CLOCK_REALTIME  # CLOCK_REALTIME_COARSE
 LEVEL = "(?:[ -%'-\\-0-~]|&[A-Za-z0-9+,]*-)+"  # printable, modified UTF-7 (RFC 3501 5.1.3)
 NAME = re.compile(rf"(?=.{{1,240}}\Z){LEVEL}(?:\.{LEVEL})*")  # NAME_MAX is 255
 LETTERS = {"\\Answered": "R", "\\Flagged": "F", "\\Deleted": "T", "\\Seen": "S", "\\Draft": "D"}
@@ -2854,10 +2854,12 @@ class Index:
     def exists(self, name: str) -> bool:
         return os.path.isdir(self.folder(name))
 
-    def must_exist(self, name: str) -> None:
+    def must_exist(self, name: str, code: str = "NONEXISTENT") -> bytes:
+        """Its folder, in which nothing is missing."""
         if not self.exists(name):
-            raise MailError("NONEXISTENT", f"Mailbox doesn't exist: {name}")
+            raise MailError(code, f"Mailbox doesn't exist: {name}")
         mend(self.folder(name))
+        return self.folder(name)
 
     def names(self) -> list[str]:
         """All mailboxes that have a folder."""
@@ -2871,9 +2873,9 @@ class Index:
                 return row
         raise Deleted("NONEXISTENT", "Mailbox was deleted")
 
-    def by_name(self, name: str) -> Mailbox:
+    def by_name(self, name: str, missing: str = "NONEXISTENT") -> Mailbox:
         """The row of a folder that exists, made if need be."""
-        self.must_exist(name)
+        self.must_exist(name, missing)
         with contextlib.suppress(Deleted):
             return self.by_id(name, column="name")
         with self.transaction():
@@ -2887,8 +2889,8 @@ class Index:
         self.undo.callback(os.rename, target, source)
         self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))
 
-    def create_folder(self, name: str) -> Mailbox:
-        made = self.home + b"/tmp/" + unique_name()
+    def create_folder(self, name: str) -> None:
+        name, made = name.removesuffix("."), self.home + b"/tmp/" + unique_name()
         with self.transaction():
             if self.exists(name):
                 raise MailError("ALREADYEXISTS", "Mailbox already exists")
@@ -2897,15 +2899,13 @@ class Index:
             mend(made)
             open(made + b"/maildirfolder", "wb").close()  # Maildir++: this is no home
             self.move_folder(made, self.folder(name), name)
-        return self.by_name(name)
 
     def delete_folder(self, name: str) -> None:
         if name == "INBOX":
             raise MailError("CANNOT", "INBOX can't be deleted")
         trash = self.home + b"/tmp/" + unique_name()
         with self.transaction():
-            self.must_exist(name)
-            self.move_folder(self.folder(name), trash, name)
+            self.move_folder(self.must_exist(name), trash, name)
         shutil.rmtree(trash, ignore_errors=True)
 
     def rename_folder(self, old: str, new: str) -> None:
@@ -2917,9 +2917,10 @@ class Index:
         if new.startswith(old + ".") or any(map(self.exists, moves.values())):
             raise MailError("ALREADYEXISTS", "Mailbox already exists, or would be below itself")
         if old == "INBOX":
+            self.create_folder(new)
             inbox, query = self.refresh(self.by_name(old)), "SELECT uid FROM message WHERE box = ?"
             uids = [uid for uid, in self.db.execute(query, (inbox.id,)).fetchall()]
-            self.copy(inbox, uids, self.create_folder(new), move=True)
+            self.copy(inbox, uids, self.by_name(new), move=True)
             return
         with self.transaction():
             for name, target in moves.items():
@@ -2936,6 +2937,8 @@ class Index:
 
     def subscribe(self, name: str, wanted: bool) -> None:
         path = self.home + b"/subscriptions"
+        if wanted:
+            self.must_exist(name)
         with self.transaction():  # for its lock
             names = sorted({*self.subscriptions(), name} - (set() if wanted else {name}))
             with open(path + b".tmp", "w", encoding="ascii", errors="ignore") as file:
@@ -2972,8 +2975,7 @@ class Index:
         """Bring the rows in line with the folder. readdir(3) may miss a file that is renamed
         meanwhile, so a message is only gone if it is missing in a folder whose times were old
         before the listing, and the same after it."""
-        self.must_exist(box.name)
-        folder, changed, gone = self.folder(box.name), [], []
+        folder, changed, gone = self.must_exist(box.name), [], []
         times, now = folder_times(folder), time.clock_gettime_ns(FILE_CLOCK)
         if times == (box.new, box.cur):
             return box
@@ -4499,17 +4501,10 @@ class ImapSession(CommandSession):
         yield "".join(lines).encode()
         return "[READ-ONLY]" if readonly else "[READ-WRITE]"
 
-    def create(self, name: str) -> None:
-        self.index.create_folder(name.removesuffix("."))
-
     def delete(self, name: str) -> None:
         self.index.delete_folder(name)
         if self.view and self.view.name == name:
             self.view = None
-
-    def subscribe(self, name: str) -> None:
-        self.index.must_exist(name)
-        self.index.subscribe(name, True)
 
     def list_names(self, reference: str, pattern: str, lsub: bool = False) -> Reply:
         """LIST and LSUB; there a parent that isn't subscribed itself shows only where "%" hides
@@ -4545,12 +4540,6 @@ class ImapSession(CommandSession):
         text = " ".join(f"{item} {values[item]}" for item in items)
         yield b"* STATUS %b (%b)\r\n" % (atom_or_quoted(box.name), text.encode())
 
-    def target(self, name: str) -> Mailbox:
-        """Where to append or copy to; the client may create it and try again."""
-        if not self.index.exists(name):
-            raise MailError("TRYCREATE", f"Mailbox doesn't exist: {name}")
-        return self.index.by_name(name)
-
     def upload_for(self, line: bytes, start: int, size: int) -> Delivery | None:
         parser = Parser(line)
         try:
@@ -4564,14 +4553,14 @@ class ImapSession(CommandSession):
             raise MailError("CANNOT", "Can't save a message without a byte")
         if size > self.config.mail_max_message_size:
             raise MailError("TOOBIG", "Message is too large")
-        return Delivery(self.index.folder(self.target(name).name))
+        return Delivery(self.index.folder(self.index.by_name(name, "TRYCREATE").name))
 
     def append(self, arguments: tuple[str, str, list[str], float | None, int]) -> str:
         name, flags, keywords, when, _ = arguments
         if not self.upload:
             raise BadCommand("Invalid arguments")
         self.upload.finish(when)
-        box = self.target(name)
+        box = self.index.by_name(name, "TRYCREATE")
         uid = self.index.append(box.id, self.upload, flags, keywords)
         self.upload = None
         return f"[APPENDUID {box.uidvalidity} {uid}]"
@@ -4628,7 +4617,7 @@ class ImapSession(CommandSession):
             return ""
         if move and view.readonly:
             raise MailError("READ-ONLY", "Mailbox is read-only")
-        target = self.target(name)
+        target = self.index.by_name(name, "TRYCREATE")
         old, new = zip(*view.index.copy(view.box(), uids, target, move))
         code = f"[COPYUID {target.uidvalidity} {compact_set(old)} {compact_set(new)}]"
         if not move:
@@ -4717,10 +4706,10 @@ class ImapSession(CommandSession):
         "IDLE": Command(idle),
         "SELECT": Command(select, (Parser.mailbox, Parser.condstore)),
         "EXAMINE": Command(partial(select, readonly=True), (Parser.mailbox, Parser.condstore)),
-        "CREATE": Command(create, ONE_NAME),
+        "CREATE": Command(lambda self, name: self.index.create_folder(name), ONE_NAME),
         "DELETE": Command(delete, ONE_NAME),
         "RENAME": Command(lambda self, *names: self.index.rename_folder(*names), TWO_NAMES),
-        "SUBSCRIBE": Command(subscribe, ONE_NAME),
+        "SUBSCRIBE": Command(lambda self, name: self.index.subscribe(name, True), ONE_NAME),
         "UNSUBSCRIBE": Command(lambda self, name: self.index.subscribe(name, False), ONE_NAME),
         "LIST": Command(list_names, (Parser.mailbox, Parser.pattern)),
         "LSUB": Command(partial(list_names, lsub=True), (Parser.mailbox, Parser.pattern)),
