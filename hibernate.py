@@ -2733,16 +2733,15 @@ class Delivery:
     which it is on disk under its final name; then close(). Lines end in LF, as mutt expects."""
 
     def __init__(self, folder: bytes) -> None:
-        self.folder = folder
-        self.name = unique_name()
+        self.folder, self.name = folder, unique_name()
         self.path = folder + b"/tmp/" + self.name
-        self.held = b""  # a CR at the end of a chunk, until we see what follows
         self.file = open(self.path, "xb")
+        self.held = b""  # a CR at the end of a chunk, until we see what follows
 
     def write(self, data: bytes) -> None:
-        data = self.held + data
-        self.held = b"\r" if data.endswith(b"\r") else b""
-        self.file.write(data[: len(data) - len(self.held)].replace(b"\r\n", b"\n"))
+        text = (self.held + data).replace(b"\r\n", b"\n")
+        self.held = b"\r" if text.endswith(b"\r") else b""
+        self.file.write(text.removesuffix(b"\r"))
 
     def finish(self, when: float | None = None) -> None:
         """The slow half, for those who then lock the index."""
