@@ -2811,8 +2811,9 @@ class Index:
                 raise FileNotFoundError  # at() makes another
             mark = int(os.stat(self.mark).st_mtime)  # before the stamp, which others move on
             if mark > self.number("SELECT stamp FROM last"):
-                with self.transaction(mark + 1):
-                    query = "UPDATE mailbox SET uidvalidity = ?"
+                last = self.number("SELECT ifnull(max(id), 0) FROM mailbox")
+                with self.transaction(mark + last + 1):
+                    query = "UPDATE mailbox SET uidvalidity = ? - id"  # no two the same: RENAME
                     if self.db.execute(query, (self.stamp,)).rowcount:
                         log.warning("%s: from a backup, new UIDVALIDITYs", path)
 
