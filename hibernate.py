@@ -2614,6 +2614,7 @@ COMBINE: dict[str, Callable[[set[str], set[str]], set[str]]] = {  # STORE FLAGS,
 
 SCHEMA = f"""
 PRAGMA journal_mode = WAL;
+BEGIN;
 CREATE TABLE last AS SELECT 0 AS stamp;
 CREATE TABLE mailbox (id INTEGER PRIMARY KEY AUTOINCREMENT, name UNIQUE, uidvalidity, modseq,
     uidnext DEFAULT 1, recent DEFAULT 1, keywords DEFAULT '', new DEFAULT 0, cur DEFAULT 0);
@@ -2634,7 +2635,8 @@ CREATE TRIGGER gone AFTER DELETE ON message BEGIN
 CREATE TRIGGER erased AFTER DELETE ON mailbox BEGIN
     DELETE FROM message WHERE box = old.id; DELETE FROM expunged WHERE box = old.id; END;
 PRAGMA application_id = {INDEX_VERSION};
-"""  # at last: without it a file that was begun is put aside
+COMMIT;
+"""
 CHOSEN = "FROM message WHERE box = ? AND uid IN (SELECT value FROM json_each(?))"
 # A new row, or a change to one. Moved to cur/ without another flag it is no news for clients.
 PUT = """
@@ -2786,6 +2788,7 @@ class Index:
 
     @staticmethod
     def at(home: str) -> Index:
+        """The user's index, opened anew if its file was deleted or replaced."""
         while True:
             with contextlib.suppress(FileNotFoundError):
                 return open_index(home, os.stat(f"{home}/hibernate.sqlite3").st_ino)
