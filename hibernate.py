@@ -109,6 +109,7 @@ MAIL_TIME = 300.0  # the same for a sleeper that has only news for its client
 SLEEP_TIME = 1.0  # seconds of one attempt to fall asleep …
 AWAKE_TIME = 5.0  # … and at least until the next: full keepers are not to be stormed
 YOUNG = 20_000_000  # ns: a directory changed this recently may change again within one tick
+FILE_CLOCK = 5 if sys.platform == "linux" else time.CLOCK_REALTIME  # ticks: CLOCK_REALTIME_COARSE
 OUTPUT_HIGH = 64 * 1024  # a reply pauses while this much waits for a slow client
 BURST = 32  # chunks of one session's replies before the others have a turn
 LOOK_TIME = 0.05  # seconds between two looks at the siblings' SO_REUSEPORT sockets
@@ -923,7 +924,7 @@ def directory_time(path: str) -> int:
 
 def changed_since(paths: list[str], times: Sequence[int], young: int) -> bool:
     """Has a directory another time than it had, or one less than `young` ns ago?"""
-    now = time.time_ns()
+    now = time.clock_gettime_ns(FILE_CLOCK)
     found = [directory_time(path) for path in paths]
     return found != list(times) or any(abs(now - stamp) < young for stamp in found)
 
@@ -2508,45 +2509,66 @@ def notify(text: str) -> None:
 # other reader shares it. What files can't say (UIDs, keywords, MODSEQs, what was expunged) is in
 # one SQLite file per user, which may be deleted at any time: it costs new UIDVALIDITYs, no mail.
 #
+# Each transaction has a stamp: the time in seconds, or one more than the last. UIDVALIDITYs and
+# MODSEQs are stamps, so that they only grow. The last one is also the time of `hibernate.uids`: an
+# index that is behind it is from a backup, and gets new UIDVALIDITYs, for its UIDs are used up.
+#
 # The directories' times are the change notice: whoever commits what others must hear of changes
 # new/ or cur/ in the same transaction, so a session that finds the times it knows has missed
 # nothing and opens no database. Folders are listed and files renamed only while the index is
 # locked; nothing in here may yield to the engine with that lock held.
 #
-# Delivered files stay in new/ until a flag is set. Moving them to cur/ at SELECT, as others do,
-# would stir all sleepers of the mailbox a second time for each delivery, to tell them nothing;
-# \Recent goes by UID. Symbolic links are followed: nobody can make one by IMAP.
+# Delivered files stay in new/ until a flag is set: moving them to cur/ at SELECT, as others do,
+# stirs all sleepers again, to tell them nothing. Symbolic links are followed: none is made here.
 # ------------------------------------------------------------------------------------------------
 
-INDEX_VERSION = 0x48420005  # as application_id; any other file in its place is put aside
+INDEX_VERSION = 0x48420006  # as application_id; any other file in its place is put aside
 INDEXES_OPEN = 8  # connections a worker keeps, at about 160 KB and three descriptors each
 INDEX_PATIENCE = 0.2  # seconds to wait for another process's transaction, then NO [INUSE]
-EXPUNGED_KEPT = 7 * 86400  # seconds; no session is that far behind
-NAME_LIMIT = 240  # bytes of a mailbox name, as NAME_MAX is 255
+EXPUNGED_KEPT = 7 * 86400  # in stamps: about as many seconds; no session is that far behind
 KEYWORD_LIMIT = 500  # keywords of one mailbox
-LETTERS = {"\\Answered": "R", "\\Flagged": "F", "\\Deleted": "T", "\\Seen": "S", "\\Draft": "D"}
 UNSETTLED = (0, 0)  # in place of times: look again, the folder is changing right now
+LEVEL = "(?:[ -%'-\\-0-~]|&[A-Za-z0-9+,]*-)+"  # printable, modified UTF-7 (RFC 3501 5.1.3)
+NAME = re.compile(rf"(?=.{{1,240}}\Z){LEVEL}(?:\.{LEVEL})*")  # NAME_MAX is 255
+LETTERS = {"\\Answered": "R", "\\Flagged": "F", "\\Deleted": "T", "\\Seen": "S", "\\Draft": "D"}
+COMBINE: dict[str, Callable[[set[str], set[str]], set[str]]] = {  # STORE FLAGS, +FLAGS, -FLAGS
+    "": lambda old, new: new, "+": set.union, "-": set.difference}
 
 SCHEMA = f"""
+PRAGMA journal_mode = WAL;
 BEGIN;
-CREATE TABLE mailbox (id INTEGER PRIMARY KEY AUTOINCREMENT, name UNIQUE, uidvalidity,
-    uidnext DEFAULT 1, modseq DEFAULT 1, recent DEFAULT 1, keywords DEFAULT '', new DEFAULT 0,
-    cur DEFAULT 0);
-CREATE TABLE message (uid, file, flags, keywords, modseq, size, box,
-    PRIMARY KEY (box, uid)) WITHOUT ROWID;
+CREATE TABLE last AS SELECT 0 AS stamp;
+CREATE TABLE mailbox (id INTEGER PRIMARY KEY AUTOINCREMENT, name UNIQUE, uidvalidity, modseq,
+    uidnext DEFAULT 1, recent DEFAULT 1, keywords DEFAULT '', new DEFAULT 0, cur DEFAULT 0);
+CREATE TABLE message (box, uid, file, flags, keywords, modseq, PRIMARY KEY (box, uid))
+    WITHOUT ROWID;
 CREATE INDEX changed ON message (box, modseq);
-CREATE TABLE expunged (box, modseq, uid, time, PRIMARY KEY (box, modseq, uid)) WITHOUT ROWID;
+CREATE TABLE parsed (box, uid, item, value, PRIMARY KEY (box, uid, item)) WITHOUT ROWID;
+CREATE TABLE expunged (box, modseq, uid, PRIMARY KEY (box, modseq, uid)) WITHOUT ROWID;
+CREATE TRIGGER written BEFORE INSERT ON message BEGIN
+    UPDATE mailbox SET modseq = new.modseq, uidnext = max(uidnext, new.uid + 1)
+        WHERE id = new.box; END;
+CREATE TRIGGER gone AFTER DELETE ON message BEGIN
+    DELETE FROM parsed WHERE box = old.box AND uid = old.uid;
+    UPDATE mailbox SET modseq = (SELECT stamp FROM last) WHERE id = old.box;
+    INSERT INTO expunged SELECT id, modseq, old.uid FROM mailbox WHERE id = old.box;
+    DELETE FROM expunged WHERE box = old.box
+        AND modseq < (SELECT stamp FROM last) - {EXPUNGED_KEPT}; END;
 CREATE TRIGGER erased AFTER DELETE ON mailbox BEGIN
     DELETE FROM message WHERE box = old.id; DELETE FROM expunged WHERE box = old.id; END;
-CREATE TRIGGER gone AFTER DELETE ON message BEGIN INSERT INTO expunged
-    SELECT id, modseq + 1, old.uid, strftime('%s') + 0 FROM mailbox WHERE id = old.box; END;
 PRAGMA application_id = {INDEX_VERSION};
 COMMIT;
 """
+CHOSEN = "FROM message WHERE box = ? AND uid IN (SELECT value FROM json_each(?))"
+# A new row, or a change to one. Moved to cur/ without another flag it is no news for clients.
+PUT = """
+INSERT INTO message VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
+    modseq = iif((flags, keywords) = (excluded.flags, excluded.keywords), modseq, excluded.modseq),
+    file = excluded.file, flags = excluded.flags, keywords = excluded.keywords
+"""
 
-Times = tuple[int, int]  # st_mtime_ns of new/ and cur/; negative if there is no such folder
-Look = tuple["Mailbox", Times]
 Pairs = list[tuple[int, int]]  # UIDs: in the source, in the target
+Parsed = dict[tuple[int, bytes], bytes]  # by UID and item of FETCH
 
 
 class MailError(Exception):
@@ -2560,42 +2582,37 @@ class MailError(Exception):
 class Vanished(MailError):
     """A message that the session still knows is no longer in the Maildir."""
 
-    def __init__(self) -> None:
-        super().__init__("EXPUNGEISSUED", "Some of the messages no longer exist")
+
+class Deleted(MailError):
+    """The mailbox, or the index that knew it: all that a session knows of it means nothing now."""
 
 
 class Mailbox(NamedTuple):
-    """A row of the index. `new` and `cur` are the times of the folder it agrees with: negative
-    if we changed the folder ourselves since it was listed, and nobody else seems to have."""
+    """A row of the index; `new` and `cur` are the times of the folder it agrees with."""
 
     id: int
     name: str
     uidvalidity: int
-    uidnext: int
     modseq: int
+    uidnext: int
     recent: int  # nobody has been told of this UID and those above
     keywords: str
     new: int
     cur: int
 
-    def added(self, uid: int, file: bytes, keywords: str = "") -> MessageRow:
-        return MessageRow(uid, file, flags_of(file), keywords, self.modseq + 1, None, self.id)
-
 
 class MessageRow(NamedTuple):
+    box: int
     uid: int
     file: bytes  # below the folder: b"new/…" or b"cur/…:2,FS"
     flags: str  # the letters of the file's name that IMAP knows
     keywords: str
     modseq: int
-    size: int | None  # with CRLF line ends; None until somebody asks
-    box: int
 
 
 def unique_name() -> bytes:
-    seconds, micros = divmod(time.time_ns() // 1000, 10**6)
-    host = socket.gethostname().replace("/", "\\057").replace(":", "\\072")
-    return f"{seconds}.M{micros:06}P{os.getpid()}R{secrets.token_hex(4)}.{host}".encode()
+    name = f"{time.time():.6f}P{os.getpid()}R{secrets.token_hex(4)}.hibernate"
+    return name.replace(".", ".M", 1).encode()
 
 
 def base_of(file: bytes) -> bytes:
@@ -2603,22 +2620,11 @@ def base_of(file: bytes) -> bytes:
     return file[4:].partition(b":")[0]
 
 
-def flags_of(file: bytes) -> str:
-    """The letters that IMAP knows."""
-    return "".join(x for x in "DFRST" if x.encode() in file.partition(b":2,")[2])
-
-
-def folder_times(folder: bytes) -> Times:
+def folder_times(folder: bytes) -> tuple[int, int]:
+    """st_mtime_ns of new/ and cur/, negative if there is no such folder."""
     with contextlib.suppress(FileNotFoundError):
         return os.stat(folder + b"/new").st_mtime_ns, os.stat(folder + b"/cur").st_mtime_ns
     return -1, -1
-
-
-def settled(times: Times) -> bool:
-    """Would a change from now on show in the times? The kernel's clock for files ticks every few
-    milliseconds, that of some file systems every second or two."""
-    now = time.time_ns()
-    return all(abs(now - t) > (YOUNG if t % 10**9 else 2 * 10**9) for t in times)
 
 
 def listing(folder: bytes) -> dict[bytes, bytes]:
@@ -2628,68 +2634,45 @@ def listing(folder: bytes) -> dict[bytes, bytes]:
     return {base_of(name): name for name in names if not name.startswith(b".", 4)}
 
 
-def sweep(folder: bytes) -> None:
-    """Remove what deliveries that failed have left in tmp/ for 36 hours, the Maildir rule. By
-    ctime: an APPEND under way may have given its file a date of long ago."""
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(folder + b"/tmp"):
-            old = time.time() - entry.stat(follow_symlinks=False).st_ctime > 36 * 3600
-            if old and entry.is_file(follow_symlinks=False):
-                os.unlink(entry.path)
+def reflag(how: str, flags: str, path: bytes) -> bytes:
+    """Rename for new flags; letters that IMAP doesn't know stay (Dovecot's keywords, mutt's P)."""
+    folder, _, name = path.decode("latin-1").rsplit("/", 2)
+    base, _, info = name.partition(":")
+    foreign = {*info.removeprefix("2,")} - {*LETTERS.values()}
+    letters = COMBINE[how]({*info.removeprefix("2,")}, {*flags}) | foreign
+    file = f"cur/{base}:2,{''.join(sorted(letters))}".encode("latin-1")
+    os.rename(path, folder.encode("latin-1") + b"/" + file)
+    return file
 
 
-def on_file(folder: bytes, file: bytes, action: Callable[[bytes], Any]) -> Any:
-    """action(path of the file), wherever another program has just renamed it to."""
-    with contextlib.suppress(FileNotFoundError, KeyError):
-        for _ in range(3):
-            with contextlib.suppress(FileNotFoundError):
-                return action(folder + b"/" + file)
-            file = listing(folder)[base_of(file)]
-    raise Vanished
-
-
-def read_file(path: bytes) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def sync_directory(path: bytes) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def make_home(home: str) -> None:
-    """A Maildir with its parents, private; one that exists is left alone."""
-    for sub in ("tmp", "new", "cur"):  # cur/ last: with it the folder exists
-        os.makedirs(os.path.join(home, sub), 0o700, exist_ok=True)
+def mend(folder: bytes) -> None:
+    """Make what a Maildir needs and doesn't have; FileNotFoundError if nothing of it is there."""
+    for sub in (b"/tmp", b"/new", b"/cur"):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder + sub, 0o700)
 
 
 class Delivery:
     """A message on its way into a folder: write() it to tmp/, then finish() and keep(), after
-    which it is on disk under its final name; or drop(). Stored lines end in LF, as mutt expects."""
+    which it is on disk under its final name; then close(). Lines end in LF, as mutt expects."""
 
     def __init__(self, folder: bytes) -> None:
-        self.folder = folder
-        self.name = unique_name()
+        self.folder, self.name = folder, unique_name()
         self.path = folder + b"/tmp/" + self.name
+        self.file = open(self.path, "xb")
         self.held = b""  # a CR at the end of a chunk, until we see what follows
-        self.file = open(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb")
 
     def write(self, data: bytes) -> None:
-        data = self.held + data
-        self.held = b"\r" if data.endswith(b"\r") else b""
-        self.file.write(data[: len(data) - len(self.held)].replace(b"\r\n", b"\n"))
+        text = (self.held + data).replace(b"\r\n", b"\n")
+        self.held = b"\r" if text.endswith(b"\r") else b""
+        self.file.write(text.removesuffix(b"\r"))
 
     def finish(self, when: float | None = None) -> None:
         """The slow half, for those who then lock the index."""
         with self.file:
             self.file.write(self.held)
             self.file.flush()
-            if when is not None:
-                os.utime(self.path, (when, when))
+            os.utime(self.path, None if when is None else (when, when))
             os.fsync(self.file.fileno())
 
     def keep(self, flags: str = "") -> bytes:
@@ -2698,224 +2681,189 @@ class Delivery:
         sync_directory(self.folder + b"/" + file[:3])
         return file
 
-    def drop(self) -> None:
+    def close(self) -> None:
         with contextlib.suppress(OSError):  # a full disk: close() tries to write what is left
             self.file.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
 
 
+def sync_directory(path: bytes) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
 def deliver(home: str, source: BinaryIO) -> None:
     """Put a message into the INBOX, as a delivery agent does; OSError if that can't be done."""
-    make_home(home)
-    delivery = Delivery(os.fsencode(home))
-    try:
+    os.makedirs(home, 0o700, exist_ok=True)
+    mend(os.fsencode(home))
+    with contextlib.closing(Delivery(os.fsencode(home))) as delivery:
         shutil.copyfileobj(source, delivery)
         delivery.finish()
         delivery.keep()
-    finally:
-        delivery.drop()
-
-
-def check_name(name: str) -> str:
-    """A mailbox name that can be a folder `.NAME`, in the only spelling that modified UTF-7 has
-    for it (RFC 3501 5.1.3); else NO [CANNOT]. Nothing else may become part of a path."""
-    if name.upper() == "INBOX":
-        return "INBOX"
-    fine = bool(re.fullmatch("[ -.0-~]{,%d}" % NAME_LIMIT, name)) and all(name.split("."))
-    for run in re.findall("&([^-]*-?)", name):
-        try:
-            text = base64.b64decode(run[:-1].replace(",", "/") + "==").decode("utf-16-be")
-        except ValueError:
-            text = " "  # refused, as is all of ASCII in this form
-        again = base64.b64encode(text.encode("utf-16-be")).rstrip(b"=").decode().replace("/", ",")
-        fine = fine and again + "-" == run and not re.search("[ -~]", text)
-    if not fine:
-        raise MailError("CANNOT", "Invalid mailbox name")
-    return name
 
 
 class Index:
     """The SQLite file of one user, and all that is done to folders under its lock. Get one by
-    at() where it is needed and keep it over no yield: it may be closed while others work."""
+    at() where it is needed and keep it over no yield: meanwhile the file may be another."""
 
-    opened: dict[str, Index] = {}  # this process's connections, the least recently used first
+    @staticmethod
+    def at(home: str) -> Index:
+        """The user's index, opened anew if its file was deleted or replaced."""
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                return open_index(home, os.stat(f"{home}/hibernate.sqlite3").st_ino)
+            Index(home)  # makes the file
 
-    @classmethod
-    def at(cls, home: str) -> Index:
-        index = cls.opened.pop(home, None) or cls(home)
-        if index.identity() != index.file:  # deleted or put aside meanwhile
-            index.db.close()
-            index = cls(home)
-        cls.opened[home] = index
-        if len(cls.opened) > INDEXES_OPEN:
-            cls.opened.pop(next(iter(cls.opened))).db.close()
-        return index
+    def __init__(self, home: str, inode: int = 0) -> None:
+        os.makedirs(home, 0o700, exist_ok=True)
+        self.home, self.mark = os.fsencode(home), f"{home}/hibernate.uids"
+        mend(self.home)
+        path = f"{home}/hibernate.sqlite3"
+        with open(self.mark, "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time makes or discards an index
+            if fresh := not os.path.exists(path):
+                for rest in ("-wal", "-shm"):  # of a deleted one, which others may still have open
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path + rest)
+            self.db = sqlite3.connect(path, INDEX_PATIENCE, isolation_level=None)
+            self.db.executescript("PRAGMA cache_size = -64; PRAGMA synchronous = FULL")
+            if fresh:
+                self.db.executescript(SCHEMA)
+            elif self.number("PRAGMA application_id") != INDEX_VERSION:
+                self.put_aside(home, "not our index, or of another version")
+                raise FileNotFoundError  # at() makes another
+            mark = int(os.stat(self.mark).st_mtime)  # before the stamp, which others move on
+            if mark > self.number("SELECT stamp FROM last"):
+                last = self.number("SELECT ifnull(max(id), 0) FROM mailbox")
+                with self.transaction(mark + last + 1):
+                    query = "UPDATE mailbox SET uidvalidity = ? - id"  # no two the same: RENAME
+                    if self.db.execute(query, (self.stamp,)).rowcount:
+                        log.warning("%s: from a backup, new UIDVALIDITYs", path)
 
-    def __init__(self, home: str) -> None:
-        make_home(home)
-        self.home, self.path = os.fsencode(home), os.path.join(home, "hibernate.sqlite3")
-        self.mark = self.path.replace("sqlite3", "uids")
-        with open(self.mark, "a") as mark:
-            fcntl.flock(mark, fcntl.LOCK_EX)  # one process at a time makes or discards an index
-            try:
-                self.connect()
-            except sqlite3.OperationalError:
-                raise
-            except sqlite3.DatabaseError as error:
-                self.put_aside(error)
-                self.connect()
-        self.file = self.identity()
-
-    def identity(self) -> tuple[int, int]:
-        with contextlib.suppress(FileNotFoundError):
-            status = os.stat(self.path)
-            return status.st_dev, status.st_ino
-        return 0, 0
-
-    def put_aside(self, error: Exception) -> None:
+    @staticmethod
+    def put_aside(home: str, reason: object) -> None:
         """Out of the way, but there for whoever wants to look. It costs new UIDVALIDITYs."""
-        self.db.close()
-        log.warning("%s: %s, put aside as .bad", self.path, error)
-        os.replace(self.path, self.path + ".bad")
-
-    def connect(self) -> None:
-        self.db = sqlite3.connect(self.path, INDEX_PATIENCE, isolation_level=None)
-        self.db.execute("PRAGMA cache_size = -64")
-        version = self.number("PRAGMA application_id")
-        if not version and not self.number("SELECT count(*) FROM sqlite_master"):
-            self.db.execute("PRAGMA journal_mode = WAL")
-            self.db.executescript(SCHEMA)
-        elif version != INDEX_VERSION:
-            raise sqlite3.DatabaseError("not our index, or of another version")
-        if self.marked()[2] > self.number("PRAGMA user_version"):
-            with self.transaction():  # not before another process's commit is over
-                self.recover()
+        log.warning("%s/hibernate.sqlite3: %s, put aside as .bad", home, reason)
+        os.replace(f"{home}/hibernate.sqlite3", f"{home}/hibernate.sqlite3.bad")
 
     def number(self, query: str) -> int:
         return int(self.db.execute(query).fetchone()[0])
 
-    def marked(self, *values: int) -> list[int]:
-        """What must outlive the index, beside it: the last UIDVALIDITY, and how many UIDs were
-        given out before and after the last transaction that did (the index has its own count as
-        user_version). Written before that commits, and never synced: a copy tells, no crash."""
-        with open(self.mark, "r+b", 0) as file:
-            if values:
-                file.write(b"%11d%11d%11d\n" % values)
-            return [*values] or [int(word) for word in file.read().split()] or [0, 0, 0]
-
-    def recover(self) -> None:
-        """The index has given out fewer UIDs than the mark says: those are never given again. A
-        commit may have failed; or it is new or from a backup, not what clients know."""
-        _, before, after = self.marked()
-        missing = max(0, after - self.given)
-        self.db.execute("UPDATE mailbox SET uidnext = uidnext + ?", (missing,))
-        self.db.execute(f"PRAGMA user_version = {self.given + missing}")
-        if self.given < before:
-            log.warning("%s: new, or from a backup: new UIDVALIDITYs", self.path)
-            self.db.execute("UPDATE mailbox SET uidvalidity = ?", (self.new_uidvalidity(),))
-
-    def new_uidvalidity(self) -> int:
-        """Greater than any before, of this index or of a deleted one."""
-        last, *others = self.marked()
-        return self.marked(max(int(time.time()), last + 1), *others)[0]
-
     @contextlib.contextmanager
-    def transaction(self, kind: str = "IMMEDIATE", durable: bool = True) -> Iterator[None]:
-        """`durable`: on disk when it is over. Whatever hands out UIDs needs that; lost flags or
-        sizes are found again in the folder."""
-        self.db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-        with self.db:  # COMMIT at its end, or ROLLBACK
-            self.db.execute(f"BEGIN {kind}")
-            self.given = self.number("PRAGMA user_version")  # UIDs, in all mailboxes
-            yield
+    def transaction(self, least: int = 0) -> Iterator[None]:
+        """A change, on disk when it is over. If it fails, `undo` takes back what was done to
+        files; killed, the next look at the folder finds it."""
+        with contextlib.ExitStack() as self.undo:
+            with self.db:  # COMMIT at its end, or ROLLBACK
+                self.db.execute("BEGIN IMMEDIATE")
+                last = self.number("SELECT stamp FROM last")
+                self.stamp = max(last + 1, int(time.time()), least)
+                self.db.execute("UPDATE last SET stamp = ?", (self.stamp,))
+                yield
+            self.undo.pop_all()
+        with contextlib.suppress(FileNotFoundError):  # after the commit: never ahead of it
+            os.utime(self.mark, (self.stamp, self.stamp))
 
     # Mailboxes
 
     def folder(self, name: str) -> bytes:
-        return self.home if name == "INBOX" else self.home + b"/." + check_name(name).encode()
+        """The INBOX is the home. No other name may become part of a path."""
+        if name == "INBOX":
+            return self.home
+        if not NAME.fullmatch(name):
+            raise MailError("CANNOT", "Invalid mailbox name")
+        return self.home + b"/." + name.encode()
 
     def exists(self, name: str) -> bool:
-        return os.path.isdir(self.folder(name) + b"/cur")
+        return os.path.isdir(self.folder(name))
 
-    def must_exist(self, name: str) -> None:
+    def must_exist(self, name: str, code: str = "NONEXISTENT") -> bytes:
+        """Its folder, in which nothing is missing."""
         if not self.exists(name):
-            raise MailError("NONEXISTENT", f"Mailbox doesn't exist: {name}")
+            raise MailError(code, f"Mailbox doesn't exist: {name}")
+        mend(self.folder(name))
+        return self.folder(name)
 
     def names(self) -> list[str]:
         """All mailboxes that have a folder."""
-        names = {"INBOX"}
-        for entry in os.listdir(os.fsdecode(self.home)):
-            with contextlib.suppress(MailError):
-                if entry.startswith(".") and self.exists(entry[1:]):
-                    names.add(check_name(entry[1:]))
-        return sorted(names)
+        found = [each[1:] for each in os.listdir(os.fsdecode(self.home)) if each.startswith(".")]
+        return sorted({"INBOX", *(x for x in found if NAME.fullmatch(x) and self.exists(x))})
 
-    def by_id(self, number: int, uidvalidity: int = 0) -> Mailbox:
-        row = self.db.execute("SELECT * FROM mailbox WHERE id = ?", (number,)).fetchone()
-        if row is None or uidvalidity not in (0, row[2]):
-            raise MailError("NONEXISTENT", "Mailbox was deleted")
-        return Mailbox(*row)
+    def by_id(self, value: int | str, uidvalidity: int = 0, column: str = "id") -> Mailbox:
+        query = f"SELECT * FROM mailbox WHERE {column} = ?"
+        for row in map(Mailbox._make, self.db.execute(query, (value,)).fetchall()):
+            if uidvalidity in (0, row.uidvalidity):
+                return row
+        raise Deleted("NONEXISTENT", "Mailbox was deleted")
 
-    def by_name(self, name: str) -> Mailbox:
+    def by_name(self, name: str, missing: str = "NONEXISTENT") -> Mailbox:
         """The row of a folder that exists, made if need be."""
-        self.must_exist(name)
-        query = "SELECT * FROM mailbox WHERE name = ?"
-        if not (row := self.db.execute(query, (name,)).fetchone()):
-            with self.transaction():
-                insert = "INSERT OR IGNORE INTO mailbox (name, uidvalidity) VALUES (?, ?)"
-                self.db.execute(insert, (name, self.new_uidvalidity()))
-            return self.by_name(name)
-        return Mailbox(*row)
+        self.must_exist(name, missing)
+        with contextlib.suppress(Deleted):
+            return self.by_id(name, column="name")
+        with self.transaction():
+            query = "INSERT OR IGNORE INTO mailbox (name, uidvalidity, modseq) VALUES (?, ?, ?)"
+            self.db.execute(query, (name, self.stamp, self.stamp))
+            return self.by_id(name, column="name")
 
-    def create_folder(self, name: str) -> Mailbox:
+    def move_folder(self, source: bytes, target: bytes, name: str) -> None:
+        """Rename a folder, and forget what the index has of that name."""
+        os.rename(source, target)
+        self.undo.callback(os.rename, target, source)
+        self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))
+
+    def create_folder(self, name: str) -> None:
+        name, made = name.removesuffix("."), self.home + b"/tmp/" + unique_name()
         with self.transaction():
             if self.exists(name):
                 raise MailError("ALREADYEXISTS", "Mailbox already exists")
-            self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))  # others took its folder
-            make_home(os.fsdecode(self.folder(name)))
-            open(self.folder(name) + b"/maildirfolder", "ab").close()  # Maildir++: no home
-        return self.by_name(name)
+            self.undo.callback(shutil.rmtree, made, ignore_errors=True)
+            os.mkdir(made, 0o700)
+            mend(made)
+            open(made + b"/maildirfolder", "wb").close()  # Maildir++: this is no home
+            self.move_folder(made, self.folder(name), name)
 
     def delete_folder(self, name: str) -> None:
         if name == "INBOX":
             raise MailError("CANNOT", "INBOX can't be deleted")
         trash = self.home + b"/tmp/" + unique_name()
         with self.transaction():
-            self.must_exist(name)
-            os.rename(self.folder(name), trash)
-            self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))
+            self.move_folder(self.must_exist(name), trash, name)
         shutil.rmtree(trash, ignore_errors=True)
 
     def rename_folder(self, old: str, new: str) -> None:
         """With all folders below it. The INBOX stays; its messages go to the new one."""
         below = [name for name in self.names() if name == old or name.startswith(old + ".")]
-        targets = [check_name(new + name[len(old):]) for name in below]
-        if not below:
+        moves = {name: new + name[len(old):] for name in below}
+        if not moves:
             self.must_exist(old)
-        if new.startswith(old + ".") or any(self.exists(name) for name in targets):
+        if new.startswith(old + ".") or any(map(self.exists, moves.values())):
             raise MailError("ALREADYEXISTS", "Mailbox already exists, or would be below itself")
         if old == "INBOX":
-            source, target = self.refresh(self.by_name(old))[0], self.create_folder(new)
-            self.copy(source, [row.uid for row in self.rows(source.id)], target, move=True)
+            self.create_folder(new)
+            inbox, query = self.refresh(self.by_name(old)), "SELECT uid FROM message WHERE box = ?"
+            uids = [uid for uid, in self.db.execute(query, (inbox.id,)).fetchall()]
+            self.copy(inbox, uids, self.by_name(new), move=True)
             return
         with self.transaction():
-            for name, target_name in zip(below, targets):
-                os.rename(self.folder(name), self.folder(target_name))
-                self.db.execute("DELETE FROM mailbox WHERE name = ?", (target_name,))
-                self.db.execute("UPDATE mailbox SET name = ? WHERE name = ?", (target_name, name))
+            for name, target in moves.items():
+                self.move_folder(self.folder(name), self.folder(target), target)
+                self.db.execute("UPDATE mailbox SET name = ? WHERE name = ?", (target, name))
 
     def subscriptions(self) -> list[str]:
         """Dovecot's file, so that they outlive the index: one name in a line, in its newer form
         under a version line and with tabs between the levels."""
-        try:
-            text = read_file(self.home + b"/subscriptions").decode("ascii", "ignore")
-        except FileNotFoundError:
-            return []
-        return sorted(set(re.findall("(?m)^(?!V\\.).+$", text.replace("\t", "."))))
+        names, path = set[str](), self.home + b"/subscriptions"
+        with contextlib.suppress(FileNotFoundError), open(path, errors="ignore") as file:
+            names.update(re.findall("(?m)^(?!V\\.).+$", file.read().replace("\t", ".")))
+        return sorted(names)
 
     def subscribe(self, name: str, wanted: bool) -> None:
         path = self.home + b"/subscriptions"
+        if wanted:
+            self.must_exist(name)
         with self.transaction():  # for its lock
             names = sorted({*self.subscriptions(), name} - (set() if wanted else {name}))
             with open(path + b".tmp", "w", encoding="ascii", errors="ignore") as file:
@@ -2924,127 +2872,88 @@ class Index:
 
     # Messages
 
-    def rows(self, number: int, low: int = 0, high: int = 2**32) -> list[MessageRow]:
-        query = "SELECT * FROM message WHERE box = ? AND uid BETWEEN ? AND ? ORDER BY uid"
-        return [MessageRow(*row) for row in self.db.execute(query, (number, low, high))]
+    def rows(self, number: int, uids: Iterable[int]) -> list[MessageRow]:
+        """Those of a mailbox's UIDs, as far as they exist, in order."""
+        query = f"SELECT * {CHOSEN} ORDER BY uid"
+        return [MessageRow(*row) for row in self.db.execute(query, (number, compact([*uids])))]
 
-    def picked(self, number: int, uids: Sequence[int]) -> list[MessageRow]:
-        """The rows of these (ascending) UIDs, as far as they exist."""
-        wanted = set(uids)
-        rows = self.rows(number, uids[0], uids[-1]) if wanted else []
-        return [row for row in rows if row.uid in wanted]
+    def put(self, number: int, messages: Iterable[tuple[int, bytes, str]]) -> None:
+        """Write the rows of UIDs, files and keywords."""
+        for uid, file, keywords in messages:
+            info = file.partition(b":2,")[2].decode("latin-1")
+            flags = "".join(letter for letter in "DFRST" if letter in info)
+            self.db.execute(PUT, (number, uid, file, flags, keywords, self.stamp))
 
-    def refresh(self, box: Mailbox, claim: bool = False, thorough: bool = True) -> Look:
-        """The row in agreement with its folder, and the folder's times as of then, or UNSETTLED.
-
-        `claim`: new messages are \\Recent for the caller and for nobody later. Unless `thorough`,
-        a folder that seems to be changed by nobody but ourselves isn't listed again.
-        """
-        folder = self.folder(box.name)
-        times = folder_times(folder)
-        known = times == (box.new, box.cur)
+    def refresh(self, box: Mailbox, claim: bool = False) -> Mailbox:
+        """The row in agreement with its folder; its times are UNSETTLED if it may not be yet.
+        `claim`: new messages are \\Recent for the caller and for nobody later."""
+        known = folder_times(self.folder(box.name)) == (box.new, box.cur)
         if known and not (claim and box.recent < box.uidnext):
-            return box, times
-        if not self.db.in_transaction:
-            with self.transaction():
-                return self.refresh(self.by_id(box.id), claim, thorough)
-        if not thorough and times == (-box.new, -box.cur):
-            times = UNSETTLED
-        elif not known:
-            box, times = self.compare(box, folder, times)
-        if claim and box.recent < box.uidnext:
-            self.db.execute("UPDATE mailbox SET recent = uidnext WHERE id = ?", (box.id,))
-        return box, times
+            return box
+        with self.transaction():
+            box = self.scan(self.by_id(box.id))
+            if claim:
+                self.db.execute("UPDATE mailbox SET recent = uidnext WHERE id = ?", (box.id,))
+        return box
 
-    def compare(self, box: Mailbox, folder: bytes, times: Times) -> Look:
+    def scan(self, box: Mailbox) -> Mailbox:
         """Bring the rows in line with the folder. readdir(3) may miss a file that is renamed
         meanwhile, so a message is only gone if it is missing in a folder whose times were old
         before the listing, and the same after it."""
-        calm, gone, changed = settled(times), [], []
-        try:
-            found = listing(folder)
-        except FileNotFoundError:
-            raise MailError("NONEXISTENT", "Mailbox was deleted") from None
-        sweep(folder)
-        if not calm or folder_times(folder) != times:
+        folder, changed, gone = self.must_exist(box.name), [], []
+        times, now = folder_times(folder), time.clock_gettime_ns(FILE_CLOCK)
+        if times == (box.new, box.cur):
+            return box
+        # The clock for files ticks every few milliseconds, on some file systems every 2 seconds.
+        young = any(abs(now - t) < (YOUNG if t % 10**9 else 2 * 10**9) for t in times)
+        found = listing(folder)
+        with contextlib.suppress(OSError):  # what was left unfinished 36 hours ago (Maildir's rule)
+            for entry in os.scandir(folder + b"/tmp"):
+                if time.time() - entry.stat(follow_symlinks=False).st_ctime > 36 * 3600:
+                    remove = shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.unlink
+                    remove(entry.path)
+        if young or folder_times(folder) != times:
             times = UNSETTLED
-        for row in self.rows(box.id):
-            file = found.pop(base_of(row.file), None)
+        query = "SELECT uid, file, keywords FROM message WHERE box = ?"
+        for uid, old, keywords in self.db.execute(query, (box.id,)):
+            file = found.pop(base_of(old), None)
             if file is None:
-                gone.append(row.uid)
-            elif file != row.file:
-                modseq = row.modseq if flags_of(file) == row.flags else box.modseq + 1
-                changed.append(row._replace(file=file, flags=flags_of(file), modseq=modseq))
-        if gone and times != UNSETTLED:
-            self.forget(box.id, gone)
+                gone.append(uid)
+            elif file != old:
+                changed.append((uid, file, keywords))
+        if times != UNSETTLED:
+            self.db.execute(f"DELETE {CHOSEN}", (box.id, compact(gone)))
         fresh = sorted(found.values(), key=lambda file: (len(file.partition(b".")[0]), file[4:]))
-        changed += [box.added(uid, file) for uid, file in enumerate(fresh, box.uidnext)]
-        self.put(changed)
-        return self.note(box, times), times
+        self.put(box.id, changed + [(uid, file, "") for uid, file in enumerate(fresh, box.uidnext)])
+        self.db.execute("UPDATE mailbox SET new = ?, cur = ? WHERE id = ?", (*times, box.id))
+        return self.by_id(box.id)
 
-    def note(self, before: Mailbox, times: Times) -> Mailbox:
-        """The end of a change: count on from what it has left in the tables."""
-        self.db.execute(
-            "UPDATE mailbox SET new = ?, cur = ?,"
-            " uidnext = max(uidnext, (SELECT ifnull(max(uid), 0) + 1 FROM message WHERE box = id)),"
-            " modseq = max(modseq, (SELECT ifnull(max(modseq), 0) FROM message WHERE box = id),"
-            " (SELECT ifnull(max(modseq), 0) FROM expunged WHERE box = id)) WHERE id = ?",
-            (*times, before.id),
-        )
-        box = self.by_id(before.id)
-        if more := box.uidnext - before.uidnext:
-            given = self.number("PRAGMA user_version") + more
-            self.db.execute(f"PRAGMA user_version = {given}")
-            self.marked(self.marked()[0], self.given, given)
-        return box
+    def on_file(self, box: Mailbox, row: MessageRow, action: Callable[[bytes], Any]) -> Any:
+        """action(path of the file), wherever another program has just renamed it to."""
+        folder, file = self.folder(box.name), row.file
+        with contextlib.suppress(FileNotFoundError, KeyError):
+            for _ in range(3):
+                with contextlib.suppress(FileNotFoundError):
+                    return action(folder + b"/" + file)
+                file = listing(folder)[base_of(file)]
+        raise Vanished("EXPUNGEISSUED", "Some of the messages no longer exist")
 
-    @contextlib.contextmanager
-    def change(self, number: int, durable: bool = True) -> Iterator[Mailbox]:
-        """A change of our own, under the lock, to a mailbox that agrees with its folder. The
-        times are then negative: ours say nothing of others' changes."""
-        with self.transaction(durable=durable):
-            box = self.refresh(self.by_id(number), thorough=False)[0]
-            before = self.db.total_changes
-            yield box
-            if self.db.total_changes != before:
-                new, cur = folder_times(self.folder(box.name))
-                self.note(box, (-new, -cur))
+    def remember(self, number: int, parsed: Parsed) -> None:
+        """Keep what had to be computed. That it fails when others are busy is no loss."""
+        query = f"INSERT OR IGNORE INTO parsed SELECT box, uid, ?, ? {CHOSEN}"
+        rows = [(item, value, number, f"[{uid}]") for (uid, item), value in parsed.items()]
+        with contextlib.suppress(sqlite3.OperationalError), self.transaction():
+            self.db.executemany(query, rows)
 
-    def put(self, rows: Iterable[MessageRow]) -> None:
-        """Add or change rows; for the trigger, REPLACE deletes nothing."""
-        self.db.executemany("REPLACE INTO message VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-
-    def forget(self, number: int, uids: Sequence[int]) -> None:
-        """Delete rows; a trigger remembers their UIDs for sessions that know them."""
-        old = int(time.time()) - EXPUNGED_KEPT
-        self.db.execute("DELETE FROM expunged WHERE time < ?", (old,))
-        keys = [(number, uid) for uid in uids]
-        self.db.executemany("DELETE FROM message WHERE box = ? AND uid = ?", keys)
-
-    def read(self, box: Mailbox, row: MessageRow) -> bytes:
-        """The message as stored."""
-        return bytes(on_file(self.folder(box.name), row.file, read_file))
-
-    def date(self, box: Mailbox, row: MessageRow) -> float:
-        """INTERNALDATE: the file's time, which renames, links and backups keep."""
-        when = on_file(self.folder(box.name), row.file, os.stat).st_mtime
-        return float(min(max(when, -(2**31)), 2**35))  # years that datetime can do
-
-    def keep_sizes(self, number: int, sizes: dict[int, int]) -> None:
-        """Remember what had to be computed. That it fails when others are busy is no loss."""
-        rows = [(size, number, uid) for uid, size in sizes.items()]
-        with contextlib.suppress(sqlite3.OperationalError), self.transaction(durable=False):
-            self.db.executemany("UPDATE message SET size = ? WHERE box = ? AND uid = ?", rows)
-
-    def known_keywords(self, box: Mailbox, wanted: Sequence[str]) -> list[str]:
+    def known_keywords(self, box: Mailbox, wanted: Iterable[str]) -> set[str]:
         """The keywords in the spelling this mailbox has for them; new ones are added to it."""
         known = {keyword.lower(): keyword for keyword in box.keywords.split()}
-        names = [known.setdefault(keyword.lower(), keyword) for keyword in wanted]
+        names = {known.setdefault(keyword.lower(), keyword) for keyword in wanted}
         if len(known) > KEYWORD_LIMIT:
             raise MailError("LIMIT", "Too many keywords in this mailbox")
-        if (words := " ".join(known.values())) != box.keywords:
-            self.db.execute("UPDATE mailbox SET keywords = ? WHERE id = ?", (words, box.id))
-        return list(dict.fromkeys(names))
+        words = " ".join(known.values())
+        self.db.execute("UPDATE mailbox SET keywords = ? WHERE id = ?", (words, box.id))
+        return names
 
     def store(
         self, number: int, uids: Sequence[int], how: str, flags: str,
@@ -3052,88 +2961,67 @@ class Index:
     ) -> tuple[int, list[int]]:
         """STORE with how "+", "-" or "" (replace): the MODSEQ of the change, and the UIDs left
         alone because they have changed since."""
-        updates, refused = [], []
-        self.refresh(self.by_id(number), thorough=False)  # new messages get their UIDs durably
-        with self.change(number, durable=False) as box:
-            folder, names = self.folder(box.name), self.known_keywords(box, keywords)
-            for row in self.picked(number, uids):
+        updates, refused, change = [], [], COMBINE[how]
+        with self.transaction():
+            box = self.by_id(number)
+            if unchanged_since < 2**63:
+                self.scan(box)  # what others did counts, too
+            names = self.known_keywords(box, keywords)
+            for row in self.rows(number, uids):
+                letters, words = {*row.flags}, {*row.keywords.split()}
                 if row.modseq > unchanged_since:
                     refused.append(row.uid)
-                    continue
-                file, letters = row.file, sorted(combine(how, row.flags, flags))
-                words = " ".join(combine(how, row.keywords.split(), names))
-                if letters != sorted(row.flags):
+                elif change(letters, {*flags}) != letters or change(words, names) != words:
                     with contextlib.suppress(Vanished):  # of which the next look will tell
-                        file = on_file(folder, file, lambda path: reflag(path, how, flags))
-                elif words == row.keywords:
-                    continue
-                updates.append(box.added(row.uid, file, words)._replace(size=row.size))
-            self.put(updates)
+                        file = self.on_file(box, row, partial(reflag, how, flags))
+                        updates.append((row.uid, file, " ".join(sorted(change(words, names)))))
+            self.put(number, updates)
             if updates:
-                os.utime(folder + b"/cur")  # keywords rename nothing, and yet sleepers must stir
-        return box.modseq + 1, refused
+                os.utime(self.folder(box.name) + b"/cur")  # keywords rename nothing, but must stir
+        return self.stamp, refused
 
     def append(self, number: int, delivery: Delivery, flags: str, keywords: Sequence[str]) -> int:
         """Take in a delivery that is finished; return its UID."""
-        with self.change(number) as box:
-            names = " ".join(self.known_keywords(box, keywords))
-            self.put([box.added(box.uidnext, delivery.keep(flags), names)])
+        with self.transaction():
+            box = self.by_id(number)
+            words = " ".join(sorted(self.known_keywords(box, keywords)))
+            file = delivery.keep(flags)
+            self.undo.callback(os.unlink, delivery.folder + b"/" + file)
+            self.put(number, [(box.uidnext, file, words)])
         return box.uidnext
 
     def copy(self, source: Mailbox, uids: Sequence[int], target: Mailbox, move: bool) -> Pairs:
         """All or nothing: the UIDs here and there. Moving expunges when the copies are safe:
         killed in between, it leaves both, never none."""
-        with contextlib.ExitStack() as undo:
-            with self.change(target.id):
-                source = self.refresh(self.by_id(source.id), thorough=False)[0]
-                target = self.by_id(target.id)  # as it is now, if it is the source too
-                here, there = self.folder(source.name), self.folder(target.name)
-                if len(rows := self.picked(source.id, uids)) < len(uids):
-                    raise Vanished
-                words = {word for row in rows for word in row.keywords.split()}
-                self.known_keywords(target, sorted(words))
-                for uid, row in enumerate(rows, target.uidnext):
-                    file = b"cur/" + unique_name() + b":2," + row.flags.encode()
-                    path = there + b"/" + file
-                    on_file(here, row.file, partial(os.link, dst=path))
-                    undo.callback(os.unlink, path)
-                    self.put([target.added(uid, file, row.keywords)])
-                sync_directory(there + b"/cur")
-            undo.pop_all()
+        copies = []
+        with self.transaction():
+            source, target = self.by_id(source.id), self.by_id(target.id)
+            there = self.folder(target.name)
+            if len(rows := self.rows(source.id, uids)) < len(uids):
+                raise Vanished("EXPUNGEISSUED", "Some of the messages no longer exist")
+            self.known_keywords(target, (word for row in rows for word in row.keywords.split()))
+            for uid, row in enumerate(rows, target.uidnext):
+                file = b"cur/" + unique_name() + b":2," + row.flags.encode()
+                self.on_file(source, row, partial(os.link, dst=there + b"/" + file))
+                self.undo.callback(os.unlink, there + b"/" + file)
+                copies.append((uid, file, row.keywords))
+            sync_directory(there + b"/cur")
+            self.put(target.id, copies)
         if move:
             self.expunge(source.id, uids)
-        return [(row.uid, uid) for uid, row in enumerate(rows, target.uidnext)]
+        return [(row.uid, uid) for row, (uid, *_) in zip(rows, copies)]
 
     def expunge(self, number: int, uids: Sequence[int], deleted_only: bool = False) -> None:
-        with self.change(number) as box:
-            rows = [r for r in self.picked(number, uids) if "T" in r.flags or not deleted_only]
+        with self.transaction():
+            box = self.scan(self.by_id(number))  # somebody may have taken \Deleted off again
+            rows = [r for r in self.rows(number, uids) if "T" in r.flags or not deleted_only]
             for row in rows:
                 with contextlib.suppress(Vanished):
-                    on_file(self.folder(box.name), row.file, os.unlink)
-            if rows:
-                self.forget(number, [row.uid for row in rows])
+                    self.on_file(box, row, os.unlink)
+            self.db.execute(f"DELETE {CHOSEN}", (number, compact([row.uid for row in rows])))
 
 
-def combine(how: str, old: Sequence[str], change: Sequence[str]) -> list[str]:
-    """STORE's arithmetic.
-
-    >>> combine("+", "RS", "FS"), combine("-", "RS", "FS"), combine("", "RS", "FS")
-    (['R', 'S', 'F'], ['R'], ['F', 'S'])
-    """
-    if how == "-":
-        return [each for each in old if each not in change]
-    return list(dict.fromkeys([*(old if how else ()), *change]))
-
-
-def reflag(path: bytes, how: str, flags: str) -> bytes:
-    """Rename for new flags; letters that IMAP doesn't know stay (Dovecot's keywords, mutt's P)."""
-    folder, _, name = path.rsplit(b"/", 2)
-    info = name.partition(b":2,")[2].decode("latin-1")
-    kept = [letter for letter in info if how or letter not in "DFRST"]
-    letters = "".join(sorted({*combine(how or "+", kept, flags)}))
-    renamed = b"cur/" + name.partition(b":")[0] + b":2," + letters.encode("latin-1")
-    os.rename(path, folder + b"/" + renamed)
-    return renamed
+open_index = lru_cache(INDEXES_OPEN)(Index)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3814,7 +3702,7 @@ class Parser:
             return self.section(name == b"BODY")
         if name in (b"RFC822", b"RFC822.TEXT", b"RFC822.HEADER"):
             return Item(name, b"[]", what=name[7:].decode(), seen=name != b"RFC822.HEADER")
-        if name not in ITEMS:
+        if name not in ITEMS and name not in PARSED:
             raise BadCommand("Unknown FETCH item " + name.decode())
         return Item(name, name)
 
@@ -3922,6 +3810,7 @@ class View:
     @property
     def uids(self) -> array[int]:
         if self.known is None:
+            self.box()  # it must still be this one
             rows = self.query(
                 "SELECT uid FROM message WHERE box = ?1 AND uid < ?2 UNION "
                 "SELECT uid FROM expunged WHERE box = ?1 AND uid < ?2 AND modseq > ?3 ORDER BY 1",
@@ -3958,9 +3847,10 @@ class View:
         if self.quiet():
             return []
         index = self.index
-        claimed, times = index.refresh(self.box(), not self.readonly, thorough=expunges)
+        claimed = index.refresh(self.box(), not self.readonly)
         self.claim(claimed)
-        with index.transaction("DEFERRED"):  # all of what follows is of one moment
+        with index.db:
+            index.db.execute("BEGIN")  # all of what follows is of one moment
             box = self.box()
             since = "WHERE box = ? AND modseq > ? AND uid < ? ORDER BY uid"
             rows = self.query(f"SELECT uid FROM expunged {since}", self.expunged, self.uidnext)
@@ -3979,7 +3869,7 @@ class View:
         if expunges or not dead:
             lines += self.resize(dead, fresh) if dead or fresh or not self.uidnext else []
             self.uidnext, self.expunged = box.uidnext, box.modseq
-            self.new, self.cur = times
+            self.new, self.cur = claimed.new, claimed.cur
         return lines
 
     def resize(self, dead: list[int], fresh: list[int]) -> list[str]:
@@ -4006,24 +3896,30 @@ class View:
 class Candidate:
     """A message that FETCH or SEARCH looks at; its file is read when something in it is asked."""
 
-    def __init__(self, view: View, box: Mailbox, row: MessageRow, sizes: dict[int, int]) -> None:
+    def __init__(self, view: View, box: Mailbox, row: MessageRow, parsed: Parsed) -> None:
         self.view, self.box, self.row = view, box, row
-        self.sizes = sizes  # those computed, for the index
+        self.parsed = parsed  # what the index knows, and what it will
         self.number = view.number(row.uid)
         self.recent = view.is_recent(row.uid)
 
     @cached_property
     def message(self) -> Message:
-        return Message(self.view.index.read(self.box, self.row))
+        with self.view.index.on_file(self.box, self.row, partial(open, mode="rb")) as file:
+            return Message(file.read())
+
+    def recall(self, item: bytes) -> bytes:
+        if (found := self.parsed.get((self.row.uid, item))) is None:
+            found = self.parsed[self.row.uid, item] = PARSED[item](self.message)
+        return found
 
     def size(self) -> int:
-        if self.row.size is None:
-            self.sizes[self.row.uid] = self.message.size
-        return self.row.size or self.message.size
+        return int(self.recall(b"RFC822.SIZE"))
 
     def when(self) -> datetime.datetime:
-        seconds = self.view.index.date(self.box, self.row)
-        return datetime.datetime.fromtimestamp(seconds).astimezone()
+        """INTERNALDATE: the file's time, which renames, links and backups keep."""
+        seconds = self.view.index.on_file(self.box, self.row, os.stat).st_mtime
+        possible = min(max(seconds, -(2**31)), 2**35)  # years that datetime can do
+        return datetime.datetime.fromtimestamp(possible).astimezone()
 
     def day(self) -> int:
         return self.when().toordinal()
@@ -4038,6 +3934,8 @@ class Candidate:
         return text in self.message.header_text(name).casefold()
 
     def value(self, item: Item) -> bytes:
+        if item.kind in PARSED:
+            return item.label + b" " + self.recall(item.kind)
         if item.kind in ITEMS:
             return item.label + b" " + ITEMS[item.kind](self)
         data = self.message.section(item.part, item.what, item.fields) or b""
@@ -4049,11 +3947,13 @@ ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {
     b"UID": lambda m: b"%d" % m.row.uid,
     b"FLAGS": lambda m: flag_list(m.row.flags, m.row.keywords, m.recent).encode(),
     b"INTERNALDATE": lambda m: f'"{m.when():%d-%b-%Y %H:%M:%S %z}"'.encode(),
-    b"RFC822.SIZE": lambda m: b"%d" % m.size(),
     b"MODSEQ": lambda m: b"(%d)" % m.row.modseq,
-    b"ENVELOPE": lambda m: m.message.envelope(),
-    b"BODY": lambda m: m.message.bodystructure(False),
-    b"BODYSTRUCTURE": lambda m: m.message.bodystructure(True),
+}
+PARSED: dict[bytes, Callable[[Message], bytes]] = {  # never change, and are kept in the index
+    b"RFC822.SIZE": lambda m: b"%d" % m.size,
+    b"ENVELOPE": Message.envelope,
+    b"BODY": lambda m: m.bodystructure(False),
+    b"BODYSTRUCTURE": lambda m: m.bodystructure(True),
 }
 INDEXED = (b"UID", b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"MODSEQ")  # first in an answer
 
@@ -4235,7 +4135,7 @@ class CommandSession(Session):
 
     def drop_upload(self) -> None:
         if self.upload:
-            self.upload.drop()
+            self.upload.close()
         self.upload = self.fault = None
 
     def too_long(self) -> Reply:
@@ -4276,6 +4176,9 @@ class CommandSession(Session):
                 text = f"OK {text}"
         except BadCommand as error:
             text = f"BAD {error}."
+        except Deleted as error:
+            text = str(error)
+            yield self.bye(text)
         except FAULTS as error:
             text = self.refusal(error)
         if not text:
@@ -4295,8 +4198,8 @@ class CommandSession(Session):
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return "NO [INUSE] Mailbox is in use by another session."
         log.error("%s: %s", type(error).__name__, error)
-        if code == sqlite3.SQLITE_CORRUPT:
-            self.index.put_aside(error)
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            Index.put_aside(self.home, error)
         if code == sqlite3.SQLITE_FULL or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return "NO [OVERQUOTA] Not enough disk space."
         return "NO [SERVERBUG] Internal error, it is in the server's log."
@@ -4523,17 +4426,10 @@ class ImapSession(CommandSession):
         yield "".join(lines).encode()
         return "[READ-ONLY]" if readonly else "[READ-WRITE]"
 
-    def create(self, name: str) -> None:
-        self.index.create_folder(name.removesuffix("."))
-
     def delete(self, name: str) -> None:
         self.index.delete_folder(name)
         if self.view and self.view.name == name:
             self.view = None
-
-    def subscribe(self, name: str) -> None:
-        self.index.must_exist(name)
-        self.index.subscribe(name, True)
 
     def list_names(self, reference: str, pattern: str, lsub: bool = False) -> Reply:
         """LIST and LSUB; there a parent that isn't subscribed itself shows only where "%" hides
@@ -4552,7 +4448,7 @@ class ImapSession(CommandSession):
                 yield row % (command, b" ".join(flags), atom_or_quoted(name))
 
     def status(self, name: str, items: list[str]) -> Reply:
-        box = self.index.refresh(self.index.by_name(name))[0]
+        box = self.index.refresh(self.index.by_name(name))
         query = (
             "SELECT count(*), ifnull(sum(uid >= ?), 0), ifnull(sum(flags NOT LIKE '%S%'), 0)"
             " FROM message WHERE box = ?")
@@ -4569,12 +4465,6 @@ class ImapSession(CommandSession):
         text = " ".join(f"{item} {values[item]}" for item in items)
         yield b"* STATUS %b (%b)\r\n" % (atom_or_quoted(box.name), text.encode())
 
-    def target(self, name: str) -> Mailbox:
-        """Where to append or copy to; the client may create it and try again."""
-        if not self.index.exists(name):
-            raise MailError("TRYCREATE", f"Mailbox doesn't exist: {name}")
-        return self.index.by_name(name)
-
     def upload_for(self, line: bytes, start: int, size: int) -> Delivery | None:
         parser = Parser(line)
         try:
@@ -4588,14 +4478,14 @@ class ImapSession(CommandSession):
             raise MailError("CANNOT", "Can't save a message without a byte")
         if size > self.config.mail_max_message_size:
             raise MailError("TOOBIG", "Message is too large")
-        return Delivery(self.index.folder(self.target(name).name))
+        return Delivery(self.index.folder(self.index.by_name(name, "TRYCREATE").name))
 
     def append(self, arguments: tuple[str, str, list[str], float | None, int]) -> str:
         name, flags, keywords, when, _ = arguments
         if not self.upload:
             raise BadCommand("Invalid arguments")
         self.upload.finish(when)
-        box = self.target(name)
+        box = self.index.by_name(name, "TRYCREATE")
         uid = self.index.append(box.id, self.upload, flags, keywords)
         self.upload = None
         return f"[APPENDUID {box.uidvalidity} {uid}]"
@@ -4628,28 +4518,31 @@ class ImapSession(CommandSession):
             wanted.update(uids[first:stop])
         return sorted(wanted)
 
-    def walk(self, view: View, uids: Sequence[int], see: bool = False) -> Iterator[Candidate]:
+    def walk(self, view: View, uids: Sequence[int], recall: bool, see: bool) -> Iterator[Candidate]:
         """The messages that still exist, some looked up at a time; to `see` them sets \\Seen, of
-        few before they are sent."""
+        few before they are sent; `recall` what is known of their text."""
         size = BATCH_READ if see else BATCH
         for at in range(0, len(uids), size):
-            box, sizes, part = view.box(), dict[int, int](), uids[at : at + size]
-            rows = view.index.picked(box.id, part)
+            box, part = view.box(), uids[at : at + size]
+            query = "SELECT uid, item, value FROM parsed WHERE box = ? AND uid BETWEEN ? AND ?"
+            found = view.query(query, part[0], part[-1]) if recall else []
+            parsed = {(uid, item): value for uid, item, value in found}
+            rows = view.index.rows(box.id, part)
             unseen = [row.uid for row in rows if see and "S" not in row.flags]
             if unseen:
                 self.own.add(view.index.store(box.id, unseen, "+", "S")[0])
-                rows = view.index.picked(box.id, part)
+                rows = view.index.rows(box.id, part)
             for row in rows:
-                yield Candidate(view, box, row, sizes)
-            if sizes:
-                view.index.keep_sizes(box.id, sizes)
+                yield Candidate(view, box, row, parsed)
+            if len(parsed) > len(found):
+                view.index.remember(box.id, parsed)
 
     def copy(self, view: View, ranges: Ranges, name: str, move: bool = False) -> Step:
         if not (uids := self.pick(view, ranges)):
             return ""
         if move and view.readonly:
             raise MailError("READ-ONLY", "Mailbox is read-only")
-        target = self.target(name)
+        target = self.index.by_name(name, "TRYCREATE")
         old, new = zip(*view.index.copy(view.box(), uids, target, move))
         code = f"[COPYUID {target.uidvalidity} {compact_set(old)} {compact_set(new)}]"
         if not move:
@@ -4679,7 +4572,7 @@ class ImapSession(CommandSession):
         if modseqs:
             yield from self.use_condstore()
         found, highest = [""], 0
-        for message in self.walk(view, view.uids):
+        for message in self.walk(view, view.uids, True, False):
             with contextlib.suppress(Vanished):
                 if key.test(message):
                     found.append(str(message.row.uid if self.by_uid else message.number))
@@ -4696,8 +4589,9 @@ class ImapSession(CommandSession):
         if any(item.kind == b"MODSEQ" for item in items):
             yield from self.use_condstore()
         see = not view.readonly and any(item.seen for item in items)
+        recall = any(item.kind in PARSED for item in items)
         chunk = b""  # small answers travel together, but none waits for long
-        for count, message in enumerate(self.walk(view, uids, see), 1):
+        for count, message in enumerate(self.walk(view, uids, recall, see), 1):
             with contextlib.suppress(Vanished):
                 for part in self.fetched(message, items) if message.row.modseq > since else ():
                     chunk += part
@@ -4717,8 +4611,11 @@ class ImapSession(CommandSession):
         if message.row.modseq in self.own:  # by walk(): tell the flags here
             items = [*items, Item(b"FLAGS", b"FLAGS")]
         items = sorted(dict.fromkeys(items), key=lambda item: item.kind not in INDEXED)
-        if items[-1].kind not in INDEXED:
-            message.message  # noqa: B018
+        for item in items:
+            if item.kind in PARSED:
+                message.recall(item.kind)
+            elif item.kind == b"[]":
+                message.message  # noqa: B018
         text, gap = b"* %d FETCH" % message.number, b" ("
         for item in items:
             if item.kind not in INDEXED:
@@ -4734,10 +4631,10 @@ class ImapSession(CommandSession):
         "IDLE": Command(idle),
         "SELECT": Command(select, (Parser.mailbox, Parser.condstore)),
         "EXAMINE": Command(partial(select, readonly=True), (Parser.mailbox, Parser.condstore)),
-        "CREATE": Command(create, ONE_NAME),
+        "CREATE": Command(lambda self, name: self.index.create_folder(name), ONE_NAME),
         "DELETE": Command(delete, ONE_NAME),
         "RENAME": Command(lambda self, *names: self.index.rename_folder(*names), TWO_NAMES),
-        "SUBSCRIBE": Command(subscribe, ONE_NAME),
+        "SUBSCRIBE": Command(lambda self, name: self.index.subscribe(name, True), ONE_NAME),
         "UNSUBSCRIBE": Command(lambda self, name: self.index.subscribe(name, False), ONE_NAME),
         "LIST": Command(list_names, (Parser.mailbox, Parser.pattern)),
         "LSUB": Command(partial(list_names, lsub=True), (Parser.mailbox, Parser.pattern)),
