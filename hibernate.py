@@ -3617,7 +3617,7 @@ class Message:
 CAPABILITY = "IMAP4rev1 LITERAL+ SASL-IR ID ENABLE IDLE"
 LOGIN_INPUT = 8 * 1024  # bytes of a command with its literals before log-in
 BAD_LIMIT = 20  # bad commands in a row until BYE; before log-in 3
-NESTING = 100  # levels of a SEARCH; Python's limit of 1000 calls would allow 330
+KEYS = 250  # of one SEARCH; if each is in another, Python's limit of 1000 calls is near
 BATCH, BATCH_READ = 500, 25  # messages at a time: by the index alone; reading their files
 
 TAG = re.compile(rb"[!#$&',\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]{1,64}")
@@ -3629,7 +3629,7 @@ ATOM = rb'[^\x00-\x20\x7f-\xff(){%*"\\\]]+'
 ASTRING = rb'(?:[^\x00-\x20\x7f-\xff(){%%*"\\]+|%b)' % STRING
 LIST_PATTERN = rb'[^\x00-\x20\x7f-\xff(){"\\]+|' + STRING
 FLAG = rb"(?:%b|(?i:\\(?:Answered|Flagged|Deleted|Seen|Draft)))" % ATOM
-FLAGS = rb"%b(?: %b)*" % (FLAG, FLAG)
+FLAG_LIST = rb"%b(?: %b)*" % (FLAG, FLAG)
 RANGE = rb"(?:[1-9]\d{0,9}|\*)(?::(?:[1-9]\d{0,9}|\*))?"
 SET = rb"%b(?:,%b)*" % (RANGE, RANGE)
 ITEM = (
@@ -3644,14 +3644,12 @@ Step = Generator["bytes | Ask | Pause | Move", Any, str]
 # socket. Who asks faces the world and may be taken over, so no request is trusted, and a refusal
 # tells neither by its words nor by its time whether there is such a user.
 
-PBKDF2_ROUNDS = 100_000  # 25 ms of a processor for each log-in; Dovecot's default is 5000
+ROUNDS = 100_000  # of PBKDF2: 25 ms of a processor for each log-in; Dovecot's default is 5000
 
 Secret = tuple[int, Callable[[str], bool]]  # how dear it is to check a password, and the check
 
 
-def encode_password(
-    scheme: str, password: str, salt: bytes = b"", rounds: int = PBKDF2_ROUNDS
-) -> str:
+def encode_password(scheme: str, password: str, salt: bytes = b"", rounds: int = ROUNDS) -> str:
     """`{SCHEME}...` for a passwd-file, as by `doveadm pw`; ValueError: it can't be written so."""
     given, salt = password.encode("utf-8", "surrogateescape"), salt or secrets.token_hex(8).encode()
     if scheme == "SSHA512":
@@ -3666,19 +3664,15 @@ def encode_password(
 
 def read_secret(stored: str) -> Secret:
     """From `{SCHEME}...` of a passwd-file: a password is right if it can be encoded to that."""
-    scheme, _, text = stored.removeprefix("{").partition("}")
-    pbkdf2 = re.fullmatch(r"\{PBKDF2\}\$1\$([!-~]+)\$([1-9]\d{0,6})\$[0-9a-f]{40}", stored, re.A)
-    rounds, salt = 0, b""
-    if scheme == "SSHA512":
-        rounds, salt = 1, base64.b64decode(text, validate=True)[64:]
-    elif pbkdf2:
-        rounds, salt = int(pbkdf2[2]), pbkdf2[1].encode()
-    elif scheme != "PLAIN" or not text:
+    known = r"\{(PLAIN|SSHA512|PBKDF2(?=\}\$1\$[^$]+\$[1-9]))\}(?:\$1\$([!-~]+)\$(\d{1,7})\$)?(.+)"
+    if not (found := re.fullmatch(known, stored, re.A)):
         # Without a scheme Dovecot reads CRYPT; to take such a hash for the password gives it away.
         raise ValueError("not {PLAIN}, {SSHA512} or {PBKDF2} and a password")
-    return rounds, lambda given: hmac.compare_digest(*(
-        each.encode("utf-8", "surrogateescape")
-        for each in (stored, encode_password(scheme, given, salt, rounds))))
+    scheme, salt, rounds, text = found.groups("")
+    raw = base64.b64decode(text, validate=True)[64:] if scheme == "SSHA512" else salt.encode()
+    return int(rounds or scheme == "SSHA512"), lambda given: hmac.compare_digest(
+        stored.encode("utf-8", "surrogateescape"),
+        encode_password(scheme, given, raw, int(rounds or 0)).encode("utf-8", "surrogateescape"))
 
 
 @lru_cache(1)
@@ -3777,10 +3771,10 @@ class Parser:
     """Takes the arguments off a command, each with the space before it. What RFC 3501 section 9
     doesn't allow is BadCommand."""
 
-    view: View  # which the sets of a SEARCH are about
+    view: View  # what the sets of a SEARCH are about
 
     def __init__(self, text: bytes, at: int = 0) -> None:
-        self.text, self.at, self.depth, self.see = text, at, 0, False
+        self.text, self.at, self.keys, self.see = text, at, 0, False
         while found := LITERAL.search(self.text, at):  # it becomes a quoted string
             end = found.end() + int(found[1])
             data = b'"%b"' % re.sub(rb'(["\\])', rb"\\\1", self.text[found.end() : end])
@@ -3803,12 +3797,11 @@ class Parser:
     atom = kind(ATOM, lambda text: text.decode().upper())
     words = kind(rb"\(%b(?: %b)*\)" % (ATOM, ATOM), lambda t: t[1:-1].decode().upper().split())
     number = kind(rb"\d{1,18}", int, "number")
-    sequence = kind(SET, bytes, "messageset")  # for View.edges() and pick()
-    uid_edges = lambda self: self.view.edges(self.sequence(), True)  # noqa: E731
+    sequence = kind(SET, bytes, "messageset")  # see View.mask()
     astring = kind(ASTRING, string)
     mailbox = kind(ASTRING, mailbox_name)
     pattern = kind(LIST_PATTERN, mailbox_name)
-    flags = kind(rb"\((?:%b)?\)|%b" % (FLAGS, FLAGS), split_flags, "flags")
+    flags = kind(rb"\((?:%b)?\)|%b" % (FLAG_LIST, FLAG_LIST), split_flags, "flags")
     keyword = kind(ATOM, lambda text: text.decode().lower())
     sought = kind(ASTRING, lambda text: string(text).decode(errors="replace").casefold())
     day = kind(rb'"?[\w-]+"?', lambda text: datetime.datetime.strptime(
@@ -3872,20 +3865,12 @@ class Parser:
         return every(self.several(Parser.key, rb"\Z"))[1], b"MODSEQ" in self.text.upper()
 
     def key(self) -> Key:
-        if self.depth > NESTING:
-            raise BadCommand("Too many levels in SEARCH")
-        self.depth += 1
+        self.keys += 1
+        if self.keys > KEYS:
+            raise BadCommand("Too many keys in SEARCH")
         if self.may(GAP + rb"\("):
-            key = every(self.several(Parser.key))
-        elif found := self.may(GAP + b"(%b)" % SET):
-            edges = self.view.edges(found[1], False)
-            key = 0, lambda m: within(edges, m.number)
-        else:
-            key = self.named_key(self.atom())
-        self.depth -= 1
-        return key
-
-    def named_key(self, name: str) -> Key:
+            return every(self.several(Parser.key))
+        name = "" if self.may(b"(?=%b%b)" % (GAP, SET)) else self.atom()
         if name not in SEARCH_KEYS:
             raise BadCommand(f"Unknown SEARCH key {name}")
         cost, test, *kinds = SEARCH_KEYS[name]
@@ -3908,7 +3893,7 @@ class View:
     readonly: bool
     uidvalidity: int
     uidnext: int = 0  # before the first look
-    recent: list[int] = field(default_factory=list)  # as edges, see within()
+    recent: list[int] = field(default_factory=list)  # pairs: UIDs from one, below the other
     keywords: int = -1  # how many the client knows
     modseq: int = 0  # up to here it knows of changed flags
     expunged: int = 0  # and up to here of expunged messages
@@ -3938,25 +3923,21 @@ class View:
         at = bisect.bisect_left(self.uids, uid)
         return at + 1 if at < len(self.uids) and self.uids[at] == uid else 0
 
-    def edges(self, ranges: bytes, by_uid: bool) -> list[int]:
-        """A set as the numbers where its ranges begin and end in turn, for within()."""
-        last = self.uids[-1] if by_uid and self.uids else len(self.uids)
-        parts, edges = ranges.replace(b"*", b"%d" % last).split(b","), list[int]()
-        for low, *_, high in sorted(sorted(map(int, part.split(b":") * 2)) for part in parts):
-            if edges and low <= edges[-1]:
-                edges[-1] = max(edges[-1], high + 1)
-            else:
-                edges += low, high + 1
-        return edges
+    def mask(self, ranges: bytes, by_uid: bool, strict: bool = False) -> bytearray:
+        """A set as a byte for each message; to be `strict` is an error if one isn't there."""
+        keys = self.uids if by_uid else range(1, len(self.uids) + 1)
+        mask, last = bytearray(len(keys)), b"%d" % (keys[-1] if keys else 0)
+        for part in ranges.replace(b"*", last).split(b","):
+            low, *_, high = sorted(map(int, part.split(b":") * 2))
+            if strict and not 0 < low <= high <= len(keys):
+                raise BadCommand("Invalid messageset")
+            start, stop = bisect.bisect_left(keys, low), bisect.bisect(keys, high)
+            mask[start:stop] = b"\1" * (stop - start)
+        return mask
 
     def pick(self, ranges: bytes, by_uid: bool) -> list[int]:
         """The UIDs of a set, in order. A number that isn't there is an error, a UID isn't."""
-        edges = self.edges(ranges, by_uid)
-        keys = self.uids if by_uid else range(1, len(self.uids) + 1)
-        if not by_uid and not 0 < edges[0] < edges[-1] < len(keys) + 2:
-            raise BadCommand("Invalid messageset")
-        at = [bisect.bisect_left(keys, edge) for edge in edges]
-        return [uid for low, high in zip(at[::2], at[1::2]) for uid in self.uids[low:high]]
+        return [*itertools.compress(self.uids, self.mask(ranges, by_uid, strict=not by_uid))]
 
     def recents(self) -> int:
         at = [bisect.bisect_left(self.uids, uid) for uid in self.recent]
@@ -4023,7 +4004,8 @@ class Candidate:
     def __init__(self, view: View, box: Mailbox, row: MessageRow, sizes: dict[int, int]) -> None:
         self.view, self.box, self.row = view, box, row
         self.sizes = sizes  # those computed, for the index
-        self.number, self.recent = view.number(row.uid), within(view.recent, row.uid)
+        self.number = view.number(row.uid)
+        self.recent = bisect.bisect(view.recent, row.uid) % 2 == 1
 
     @cached_property
     def message(self) -> Message:
@@ -4052,7 +4034,9 @@ class Candidate:
 INDEXED = (b"UID", b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"MODSEQ")  # first in an answer
 ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {
     b"UID": lambda m: b"%d" % m.row.uid,
-    b"FLAGS": lambda m: flag_list(m.row.flags, m.row.keywords, m.recent).encode(),
+    b"FLAGS": lambda m: b"(%b)" % " ".join([
+        *(name for name, letter in LETTERS.items() if letter in m.row.flags),
+        *["\\Recent"] * m.recent, *m.row.keywords.split()]).encode(),
     b"INTERNALDATE": lambda m: f'"{m.when():%d-%b-%Y %H:%M:%S %z}"'.encode(),
     b"RFC822.SIZE": lambda m: b"%d" % m.size(),
     b"MODSEQ": lambda m: b"(%d)" % m.row.modseq,
@@ -4073,7 +4057,8 @@ SEARCH_KEYS: dict[str, tuple[Any, ...]] = {
     "RECENT": (0, lambda m: m.recent),
     "NOT": (0, lambda m, key: not key[1](m), Parser.key),
     "OR": (0, lambda m, one, two: one[1](m) or two[1](m), Parser.key, Parser.key),
-    "UID": (0, lambda m, edges: within(edges, m.row.uid), Parser.uid_edges),
+    "": (0, lambda m, mask: mask[m.number - 1], lambda p: p.view.mask(p.sequence(), False)),
+    "UID": (0, lambda m, mask: mask[m.number - 1], lambda p: p.view.mask(p.sequence(), True)),
     "KEYWORD": (0, lambda m, word: word in m.row.keywords.lower().split(), Parser.keyword),
     "UNKEYWORD": (0, lambda m, word: word not in m.row.keywords.lower().split(), Parser.keyword),
     "MODSEQ": (0, lambda m, modseq: m.row.modseq >= modseq, Parser.modseq),
@@ -4101,18 +4086,8 @@ def every(keys: list[Key]) -> Key:
     return keys[-1][0], lambda m: all(test(m) for _, test in keys)
 
 
-def within(edges: Sequence[int], number: int) -> bool:
-    """Is it in one of the ranges that begin and end (exclusively) at these in turn?"""
-    return bisect.bisect(edges, number) % 2 == 1
-
-
 def pieces(data: bytes) -> Iterator[bytes]:
     return (data[at : at + 32768] for at in range(0, len(data) or 1, 32768))
-
-
-def flag_list(letters: str, keywords: str, recent: bool) -> str:
-    names = [name for name, letter in LETTERS.items() if letter in letters]
-    return "(" + " ".join(names + ["\\Recent"] * recent + keywords.split()) + ")"
 
 
 def atom_or_quoted(name: str) -> bytes:
@@ -4468,11 +4443,11 @@ class ImapSession(CommandSession):
 
     def describe(self, message: Candidate) -> str:
         """A FETCH line for changed flags; the client knows of what it has done itself."""
-        uid, _, flags, keywords, modseq, *_ = message.row
+        uid, modseq = message.row.uid, message.row.modseq
         items = [f"UID {uid}"] if self.by_uid else []
         items += [f"MODSEQ ({modseq})"] if self.condstore else []
         if modseq not in self.own:
-            items.append("FLAGS " + flag_list(flags, keywords, message.recent))
+            items.append(f"FLAGS {ITEMS[b'FLAGS'](message).decode()}")
         elif not self.condstore:
             return ""
         return f"* {message.number} FETCH ({' '.join(items)})\r\n" if message.number else ""
