@@ -3676,9 +3676,9 @@ def read_secret(stored: str) -> Secret:
 
 
 @lru_cache(1)
-def read_passwords(config: Config, version: object) -> tuple[dict[str, tuple[Secret, str]], Secret]:
+def read_passwords(config: Config, version: object) -> dict[str, tuple[Secret, str]]:
     """Dovecot's passwd-file, read again when its `version` has changed: secret and home of each
-    user, and the dearest secret. A wrong line costs only its user."""
+    user; as that of "" the dearest secret. A wrong line costs only its user."""
     users: dict[str, tuple[Secret, str]] = {}
     with open(config.passwd_file, encoding="utf-8", errors="surrogateescape") as file:
         rows = [(line.rstrip("\n") + ":" * 6).split(":") for line in file]
@@ -3691,7 +3691,8 @@ def read_passwords(config: Config, version: object) -> tuple[dict[str, tuple[Sec
         except ValueError as error:
             log.warning("%s:%d: %s", config.passwd_file, number, error)
     known = [secret for secret, _ in users.values()]
-    return users, max(known, key=lambda secret: secret[0], default=(0, lambda given: False))
+    dearest = max(known, key=lambda secret: secret[0], default=(0, lambda given: False))
+    return users | {"": (dearest, "")}
 
 
 class AuthSession(Session):
@@ -3720,9 +3721,9 @@ class AuthSession(Session):
         if not re.fullmatch("[!-~]{0,400}", identity + sid + remote) or len(password) > 1024:
             raise ValueError("not a request")
         file, user = os.stat(self.config.passwd_file), name.lower()  # as Dovecot's default, %Lu
-        version = file.st_mtime_ns, file.st_size, file.st_ino
-        users, dearest = read_passwords(self.config, version)
-        (rounds, fits), home = users.get(user, (dearest, ""))
+        users = read_passwords(self.config, (file.st_mtime_ns, file.st_size, file.st_ino))
+        dearest, _ = nobody = users[""]
+        (rounds, fits), home = users.get(user, nobody)
         if fits(password) and home:
             return ["ok", user, *ticket(self.key, identity, sid, user, remote, home, [])]
         if rounds < dearest[0]:  # a refusal takes as long as the dearest
@@ -3736,7 +3737,8 @@ class BadCommand(Exception):
 
 
 Item = tuple[bytes, Callable[["Candidate"], bytes]]  # of FETCH: its name in the answer, the value
-Key = tuple[int, Callable[["Candidate"], bool]]  # of SEARCH: its cost (see SEARCH_KEYS), the test
+Test = Callable[["Candidate"], bool]
+Key = tuple[int, Test]  # of SEARCH; for the cost see SEARCH_KEYS
 
 
 def kind(
@@ -3841,23 +3843,23 @@ class Parser:
         return items, self.see, int(since[1]) if since else -1
 
     def item(self) -> Item:
-        *section, start, length, name = self.must(GAP + ITEM, "FETCH item").groups(b"")
+        found = self.must(GAP + ITEM, "FETCH item")
+        peek, part, what, names, start, length, name = found.groups(b"")
         if name:
             self.see |= name.upper() in (b"RFC822", b"RFC822.TEXT")
             if name.upper() not in ITEMS:
                 raise BadCommand("Unknown FETCH item " + name.decode())
             return name.upper(), ITEMS[name.upper()]
-        peek, part, what, names = section
         self.see |= not peek
         fields = [string(name).decode("latin-1").upper() for name in re.findall(ASTRING, names)]
         label = b"BODY[%b%b" % (part, what.upper())
         label += b" (%b)]" % b" ".join(map(atom_or_quoted, fields)) if fields else b"]"
         label += b"<%d>" % int(start) if start else b""
         numbers = tuple(map(int, re.findall(rb"\d+", part)))
-        wanted = numbers, what.decode().upper(), tuple(fields)
-        return label, lambda m: m.literal(wanted, int(start or 0), int(length or 0))
+        some = slice(int(start), int(start) + int(length)) if start else slice(None)
+        return label, lambda m: m.literal((numbers, what.decode().upper(), tuple(fields)), some)
 
-    def search(self) -> tuple[Callable[[Candidate], bool], bool]:
+    def search(self) -> tuple[Test, bool]:
         """The keys as one test, and whether MODSEQ may be among them."""
         charset = self.astring().upper() if self.may(rb"(?i) CHARSET(?= )") else b"UTF-8"
         if charset not in (b"US-ASCII", b"UTF-8"):
@@ -4024,10 +4026,9 @@ class Candidate:
         found = self.message.header_text(name)
         return found is not None and text in found.casefold()
 
-    def literal(self, section: tuple[Any, ...], start: int = 0, length: int = 0) -> bytes:
-        """BODY[...]<...>; all from `start` if `length` is 0."""
-        data = self.message.section(*section) or b""
-        data = data[start : start + length if length else None]
+    def literal(self, section: tuple[Any, ...], some: slice = slice(None)) -> bytes:
+        """What BODY[...]<...> is."""
+        data = (self.message.section(*section) or b"")[some]
         return b"{%d}\r\n%b" % (len(data), data)
 
 
@@ -4634,9 +4635,7 @@ class ImapSession(CommandSession):
             yield b""
         return f"[MODIFIED {compact_set(refused)}]" if refused else ""
 
-    def search(
-        self, view: View, wanted: tuple[Callable[[Candidate], bool], bool]
-    ) -> Reply:
+    def search(self, view: View, wanted: tuple[Test, bool]) -> Reply:
         test, modseqs = wanted
         if modseqs:
             yield from self.use_condstore()
