@@ -85,7 +85,7 @@ from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from encodings.aliases import aliases
-from functools import cached_property, lru_cache, partial, partialmethod
+from functools import cached_property, lru_cache, partial
 from logging.handlers import WatchedFileHandler
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -3834,9 +3834,7 @@ class Parser:
     def fetch(self) -> tuple[list[Item], bool, int]:
         """The items, whether they set \\Seen, and CHANGEDSINCE."""
         if macro := self.may(rb"(?i) (ALL|FAST|FULL)(?= |$)"):
-            count = {b"FAST": 3, b"ALL": 4, b"FULL": 5}[macro[1].upper()]
-            names = (b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"ENVELOPE", b"BODY")
-            items = [(name, ITEMS[name]) for name in names[:count]]
+            items = [*ITEMS.items()][: {b"FAST": 3, b"ALL": 4, b"FULL": 5}[macro[1].upper()]]
         else:
             items = self.several(Parser.item) if self.may(rb" \(") else [self.item()]
         since = self.may(rb"(?i) \(CHANGEDSINCE (\d{1,18})\)")
@@ -3948,12 +3946,12 @@ class View:
     def folder(self) -> str:
         return "" if self.name == "INBOX" else "." + self.name
 
-    def look(self, expunges: bool) -> tuple[list[str], list[Candidate]]:
+    def look(self, expunges: bool) -> tuple[list[str], Iterable[Candidate]]:
         """The untagged lines that bring the client up to date, and the messages whose flags have
         changed. Without `expunges` (RFC 3501 7.4.1) the dead stay in the view, and new messages
         then wait for them too."""
         if folder_times(os.fsencode(f"{self.home}/{self.folder()}")) == (self.new, self.cur):
-            return [], []  # nothing can have happened: the index need not be opened
+            return [], ()  # nothing can have happened: the index need not be opened
         index = self.index
         box, times = index.refresh(self.box(), not self.readonly, thorough=expunges)
         # What nobody had been told of is \Recent here, and in no other session.
@@ -3972,7 +3970,7 @@ class View:
             if expunges or not dead:
                 lines += self.resize(dead, box.uidnext)
                 self.expunged, (self.new, self.cur) = box.modseq, times
-            return lines, [Candidate(self, box, MessageRow(*row), {}) for row in changed]
+        return lines, (Candidate(self, box, MessageRow(*row), {}) for row in changed)
 
     def resize(self, dead: list[tuple[int]], uidnext: int) -> list[str]:
         """EXPUNGE, EXISTS and RECENT."""
@@ -4033,17 +4031,17 @@ class Candidate:
 
 
 INDEXED = (b"UID", b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"MODSEQ")  # first in an answer
-ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {
-    b"UID": lambda m: b"%d" % m.row.uid,
+ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {  # the first are those of FAST, ALL and FULL
     b"FLAGS": lambda m: b"(%b)" % " ".join([
         *(name for name, letter in LETTERS.items() if letter in m.row.flags),
         *["\\Recent"] * m.recent, *m.row.keywords.split()]).encode(),
     b"INTERNALDATE": lambda m: f'"{m.when():%d-%b-%Y %H:%M:%S %z}"'.encode(),
     b"RFC822.SIZE": lambda m: b"%d" % m.size(),
-    b"MODSEQ": lambda m: b"(%d)" % m.row.modseq,
     b"ENVELOPE": lambda m: m.message.envelope(),
     b"BODY": lambda m: m.message.bodystructure(False),
     b"BODYSTRUCTURE": lambda m: m.message.bodystructure(True),
+    b"UID": lambda m: b"%d" % m.row.uid,
+    b"MODSEQ": lambda m: b"(%d)" % m.row.modseq,
     b"RFC822": lambda m: m.literal(((), "", ())),
     b"RFC822.HEADER": lambda m: m.literal(((), "HEADER", ())),
     b"RFC822.TEXT": lambda m: m.literal(((), "TEXT", ())),
@@ -4432,7 +4430,7 @@ class ImapSession(CommandSession):
     def tell(self, expunges: bool) -> Reply:
         """What is new in the selected mailbox. A busy index is asked again next time."""
         try:
-            lines, changed = self.view.look(expunges) if self.view else ([], [])
+            lines, changed = self.view.look(expunges) if self.view else ([], ())
             lines += map(self.describe, changed)
         except MailError as error:
             yield self.bye(str(error))
