@@ -3804,7 +3804,7 @@ class Parser:
     mailbox = kind(ASTRING, mailbox_name)
     pattern = kind(LIST_PATTERN, mailbox_name)
     flags = kind(rb"\((?:%b)?\)|%b" % (FLAG_LIST, FLAG_LIST), split_flags, "flags")
-    keyword = kind(ATOM, lambda text: text.decode().lower())
+    keyword = kind(ATOM, lambda text: text.decode()[:100].lower())
     sought = kind(ASTRING, lambda text: string(text).decode(errors="replace").casefold())
     day = kind(rb'"?[\w-]+"?', lambda text: datetime.datetime.strptime(
         text.decode().strip('"'), "%d-%b-%Y").toordinal(), "date")
@@ -4012,9 +4012,7 @@ class Candidate:
         return Message(self.view.index.read(self.box, self.row))
 
     def size(self) -> int:
-        if self.row.size is None:
-            return self.sizes.setdefault(self.row.uid, self.message.size)
-        return self.row.size
+        return self.row.size or self.sizes.setdefault(self.row.uid, self.message.size)
 
     def when(self) -> datetime.datetime:
         seconds = self.view.index.date(self.box, self.row)
