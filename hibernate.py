@@ -3650,15 +3650,17 @@ Secret = tuple[int, Callable[[str], bool]]  # how dear it is to check a password
 
 
 def encode_password(scheme: str, password: str, salt: bytes = b"", rounds: int = ROUNDS) -> str:
-    """`{SCHEME}...` for a passwd-file, as by `doveadm pw`; ValueError: it can't be written so."""
+    """`{SCHEME}...` for a passwd-file, as by `doveadm pw`; ValueError: it can't be written so.
+    Given a `salt` it is to be compared, and a wrong password no error."""
+    fine = scheme == "PLAIN" and (salt or re.fullmatch("[^:\0\r\n]+", password))
+    if not fine and scheme not in ("SSHA512", "PBKDF2"):
+        raise ValueError("PLAIN, SSHA512 or PBKDF2; PLAIN neither empty nor with a colon")
     given, salt = password.encode("utf-8", "surrogateescape"), salt or secrets.token_hex(8).encode()
     if scheme == "SSHA512":
         password = base64.b64encode(hashlib.sha512(given + salt).digest() + salt).decode()
     elif scheme == "PBKDF2":
         digest = hashlib.pbkdf2_hmac("sha1", given, salt, rounds)
         password = f"$1${salt.decode()}${rounds}${digest.hex()}"
-    elif scheme != "PLAIN" or not re.fullmatch("[^:\0\r\n]+", password):
-        raise ValueError("PLAIN, SSHA512 or PBKDF2; PLAIN neither empty nor with a colon")
     return f"{{{scheme}}}{password}"
 
 
@@ -3668,11 +3670,11 @@ def read_secret(stored: str) -> Secret:
     if not (found := re.fullmatch(known, stored, re.A)):
         # Without a scheme Dovecot reads CRYPT; to take such a hash for the password gives it away.
         raise ValueError("not {PLAIN}, {SSHA512} or {PBKDF2} and a password")
-    scheme, salt, rounds, text = found.groups("")
+    scheme, salt, rounds, text = found.groups("0")
     raw = base64.b64decode(text, validate=True)[64:] if scheme == "SSHA512" else salt.encode()
-    return int(rounds or scheme == "SSHA512"), lambda given: hmac.compare_digest(
+    return int(rounds) or scheme == "SSHA512", lambda given: hmac.compare_digest(
         stored.encode("utf-8", "surrogateescape"),
-        encode_password(scheme, given, raw, int(rounds or 0)).encode("utf-8", "surrogateescape"))
+        encode_password(scheme, given, raw, int(rounds)).encode("utf-8", "surrogateescape"))
 
 
 @lru_cache(1)
@@ -4875,7 +4877,7 @@ def make_demo(config: Config) -> list[str]:
 def make_password(scheme: str) -> None:
     password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
     try:
-        print(encode_password(scheme, password))
+        print(encode_password(scheme.upper(), password))
     except ValueError as error:
         raise Failure(64, error) from None
 
