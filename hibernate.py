@@ -83,9 +83,9 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from encodings.aliases import aliases
-from functools import cached_property, lru_cache, partial, partialmethod
+from functools import cached_property, lru_cache, partial
 from logging.handlers import WatchedFileHandler
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -3386,12 +3386,11 @@ class Message:
         return b"".join(line for line in lines if exclude != (
             line.partition(b":")[0].rstrip(b" \t").lower() in names)) + b"\r\n" * blank
 
-    def header_text(self, name: str) -> str:
+    def header_text(self, name: str) -> str | None:
+        """The decoded fields of this name, a line each; None if there are none."""
         wanted = name.lower().encode()
-        return "\n".join(decoded_words(value) for field, value in self.header if field == wanted)
-
-    def has_header(self, name: str) -> bool:
-        return name.lower().encode() in dict(self.header)
+        found = [decoded_words(value) for field, value in self.header if field == wanted]
+        return "\n".join(found) if found else None
 
     def text(self, with_header: bool) -> str:
         """What BODY and TEXT search: the text parts; for TEXT the headers of all parts too."""
@@ -3407,13 +3406,13 @@ class Message:
                 found.append(decoded(body, part.named.get(b"charset", b"")))
         return "\n".join(found)
 
-    def sent_date(self) -> datetime.date | None:
+    def sent_day(self) -> float:
         """The day as written in the Date field: the SENT keys disregard the time zone."""
-        found = email.utils.parsedate_tz(self.header_text("Date").partition("\n")[0][:200])
-        try:
-            return datetime.date(*found[:3]) if found else None
-        except ValueError:
-            return None
+        date = (self.header_text("Date") or "").partition("\n")[0]
+        found = email.utils.parsedate_tz(date[:200])
+        with contextlib.suppress(ValueError):
+            return datetime.date(*found[:3]).toordinal() if found else math.nan
+        return math.nan  # which is before and after nothing
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3426,104 +3425,102 @@ class Message:
 # ------------------------------------------------------------------------------------------------
 
 CAPABILITY = "IMAP4rev1 LITERAL+ SASL-IR ID ENABLE IDLE"
-SYSTEM_FLAGS = "\\Answered \\Flagged \\Deleted \\Seen \\Draft"
 LOGIN_INPUT = 8 * 1024  # bytes of a command with its literals before log-in
 BAD_LIMIT = 20  # bad commands in a row until BYE; before log-in 3
-NESTING = 100  # levels of a SEARCH; Python's limit of 1000 calls would allow 330
+KEYS = 250  # of one SEARCH; if each is in another, Python's limit of 1000 calls is near
 BATCH, BATCH_READ = 500, 25  # messages at a time: by the index alone; reading their files
-STAR = 10**10  # "*" in a sequence set: above every number that SET takes
 
-ATOM = re.compile(rb'[^\x00-\x20\x7f-\xff(){%*"\\\]]+')
-ASTRING = re.compile(rb'[^\x00-\x20\x7f-\xff(){%*"\\]+')
-LIST_PATTERN = re.compile(rb'[^\x00-\x20\x7f-\xff(){"\\]+')
-QUOTED_STRING = re.compile(rb'"((?:[^"\\\r\n\x00]|\\["\\])*)"')
-LITERAL = re.compile(rb"\{(\d{1,18})(\+?)\}\r?\n")
-RANGE = rb"(?:[1-9]\d{0,9}|\*)(?::(?:[1-9]\d{0,9}|\*))?"
-SET = re.compile(rb"%b(?:,%b)*" % (RANGE, RANGE))
-SECTION = re.compile(
-    rb"\[((?:[1-9]\d{0,8}(?:\.|(?=\])))*)"
-    rb"(HEADER\.FIELDS(?:\.NOT)?(?= )|(?:HEADER|TEXT|(?<=\.)MIME|(?<!\.))(?=\]))", re.I)
 TAG = re.compile(rb"[!#$&',\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]{1,64}")
 SLEEPER_INPUT = re.compile(rb"(DONE\r?\n)?(?:(%b) IDLE\r?\n)?" % TAG.pattern, re.I)
+LITERAL = re.compile(rb"\{(\d{1,18})(\+?)\}\r?\n")
+GAP = rb"(?:(?<=\()| )"  # before an argument
+STRING = rb'"(?:[^"\\]|\\["\\])*+"'
+ATOM = rb'[^\x00-\x20\x7f-\xff(){%*"\\\]]+'
+ASTRING = rb'(?:[^\x00-\x20\x7f-\xff(){%%*"\\]+|%b)' % STRING
+LIST_PATTERN = rb'[^\x00-\x20\x7f-\xff(){"\\]+|' + STRING
+FLAG = rb"(?:%b|(?i:\\(?:Answered|Flagged|Deleted|Seen|Draft)))" % ATOM
+FLAG_LIST = rb"%b(?: %b)*" % (FLAG, FLAG)
+RANGE = rb"(?:[1-9]\d{0,9}|\*)(?::(?:[1-9]\d{0,9}|\*))?"
+SET = rb"%b(?:,%b)*" % (RANGE, RANGE)
+ITEM = (
+    rb"(?i:BODY(\.PEEK)?\[((?:[1-9]\d{0,8}(?:\.|(?=\])))*)"
+    rb"(HEADER\.FIELDS(?:\.NOT)?(?= )|(?:HEADER|TEXT|(?<=\.)MIME|(?<!\.))(?=\]))"
+    rb"(?: (\(%b(?: %b)*\)))?\](?:<(\d{1,10})\.([1-9]\d{0,9})>)?|([A-Z0-9.]++)(?!\[))"
+    % (ASTRING, ASTRING))
 
-Ranges = list[tuple[int, int]]
 Step = Generator["bytes | Ask | Pause | Move", Any, str]
 
 # The auth service: one request for each log-in, answered with a ticket sealed for that client's
 # socket. Who asks faces the world and may be taken over, so no request is trusted, and a refusal
 # tells neither by its words nor by its time whether there is such a user.
 
-REFUSED = "[AUTHENTICATIONFAILED] Authentication failed."
-PBKDF2_ROUNDS = 100_000  # 25 ms of a processor for each log-in; Dovecot's default is 5000
+ROUNDS = 100_000  # of PBKDF2: 25 ms of a processor for each log-in; Dovecot's default is 5000
 
-Secret = tuple[int, Callable[[bytes], bool]]  # how dear it is to check a password, and the check
+Secret = tuple[int, Callable[[str], bool]]  # how dear it is to check a password, and the check
+
+
+def encode_password(scheme: str, password: str, salt: bytes = b"", rounds: int = ROUNDS) -> str:
+    """`{SCHEME}...` for a passwd-file, as by `doveadm pw`; ValueError: it can't be written so.
+    Given a `salt` it is to be compared, and a wrong password no error."""
+    fine = scheme == "PLAIN" and (salt or re.fullmatch("[^:\0\r\n]+", password))
+    if not fine and scheme not in ("SSHA512", "PBKDF2"):
+        raise ValueError("PLAIN, SSHA512 or PBKDF2; PLAIN neither empty nor with a colon")
+    given, salt = password.encode("utf-8", "surrogateescape"), salt or secrets.token_hex(8).encode()
+    if scheme == "SSHA512":
+        password = base64.b64encode(hashlib.sha512(given + salt).digest() + salt).decode()
+    elif scheme == "PBKDF2":
+        digest = hashlib.pbkdf2_hmac("sha1", given, salt, rounds)
+        password = f"$1${salt.decode()}${rounds}${digest.hex()}"
+    return f"{{{scheme}}}{password}"
 
 
 def read_secret(stored: str) -> Secret:
-    """From `{SCHEME}...` of a passwd-file; ValueError says what is wrong with it."""
-    same = hmac.compare_digest
-    match = re.fullmatch(r"\{([^{}]*)\}(.+)", stored)
-    scheme, text = (match[1].upper(), match[2]) if match else ("", "")
-    if scheme in ("PLAIN", "CLEARTEXT"):
-        return 0, partial(same, text.encode("utf-8", "surrogateescape"))
-    if scheme == "SSHA512" and len(raw := base64.b64decode(text, validate=True)) > 64:
-        return 1, lambda given: same(raw[:64], hashlib.sha512(given + raw[64:]).digest())
-    found = re.fullmatch(r"\$1\$([^$]*)\$([1-9]\d{0,6})\$([0-9a-fA-F]{40})", text, re.A)
-    if scheme == "PBKDF2" and found:
-        salt, rounds, digest = found[1].encode(), int(found[2]), bytes.fromhex(found[3])
-        return rounds, lambda given: same(digest, hashlib.pbkdf2_hmac("sha1", given, salt, rounds))
-    # Without a scheme Dovecot reads CRYPT; to take such a hash for the password gives it away.
-    raise ValueError(f"not {{PLAIN}}, {{SSHA512}} or {{PBKDF2}} and a password: {{{scheme}}}")
-
-
-def encode_password(scheme: str, password: str) -> str:
-    """`{SCHEME}...` for a passwd-file, as by `doveadm pw`; ValueError: it can't be written so."""
-    given, salt = password.encode("utf-8", "surrogateescape"), secrets.token_hex(8).encode()
-    if scheme.upper() == "SSHA512":
-        digest = hashlib.sha512(given + salt).digest()
-        return "{SSHA512}" + base64.b64encode(digest + salt).decode()
-    if scheme.upper() == "PBKDF2":
-        digest = hashlib.pbkdf2_hmac("sha1", given, salt, PBKDF2_ROUNDS)
-        return f"{{PBKDF2}}$1${salt.decode()}${PBKDF2_ROUNDS}${digest.hex()}"
-    if scheme.upper() != "PLAIN" or not re.fullmatch("[^:\0\r\n]+", password):
-        raise ValueError("PLAIN, SSHA512 or PBKDF2; PLAIN neither empty nor with a colon")
-    return "{PLAIN}" + password
+    """From `{SCHEME}...` of a passwd-file: a password is right if it can be encoded to that."""
+    known = r"\{(PLAIN|SSHA512|PBKDF2(?=\}\$1\$[^$]+\$[1-9]))\}(?:\$1\$([!-~]+)\$(\d{1,7})\$)?(.+)"
+    if not (found := re.fullmatch(known, stored, re.A)):
+        # Without a scheme Dovecot reads CRYPT; to take such a hash for the password gives it away.
+        raise ValueError("not {PLAIN}, {SSHA512} or {PBKDF2} and a password")
+    scheme, salt, rounds, text = found.groups("0")
+    raw = base64.b64decode(text, validate=True)[64:] if scheme == "SSHA512" else salt.encode()
+    return int(rounds) or scheme == "SSHA512", lambda given: hmac.compare_digest(
+        stored.encode("utf-8", "surrogateescape"),
+        encode_password(scheme, given, raw, int(rounds)).encode("utf-8", "surrogateescape"))
 
 
 @lru_cache(1)
-def read_passwords(path: str, version: object) -> tuple[dict[str, tuple[Secret, str]], Secret]:
-    """Dovecot's passwd-file, read again when its `version` has changed: secret and home ("" if
-    none is named) of each user, and the dearest secret. A wrong line costs only its user."""
+def read_passwords(config: Config, version: object) -> dict[str, tuple[Secret, str]]:
+    """Dovecot's passwd-file, read again when its `version` has changed: secret and home of each
+    user; as that of "" the dearest secret. A wrong line costs only its user."""
     users: dict[str, tuple[Secret, str]] = {}
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        for number, line in enumerate(file, 1):
-            name, stored, _, _, _, home, *_ = (line.rstrip("\n") + ":" * 6).split(":")
-            if not line.strip() or line.startswith("#"):
-                continue
-            try:  # the name becomes part of a path
-                if name in users or not re.fullmatch(r"(?!\.)(?!.*\.\.)[a-z0-9._@-]{1,128}", name):
-                    raise ValueError("not a user name (in lower case), or it has an earlier line")
-                users[name] = read_secret(stored), home
-            except ValueError as error:
-                log.warning("%s:%d: %s", path, number, error)
+    with open(config.passwd_file, encoding="utf-8", errors="surrogateescape") as file:
+        rows = [(line.rstrip("\n") + ":" * 6).split(":") for line in file]
+    for number, (name, stored, _, _, _, home, *_) in enumerate(rows, 1):
+        try:
+            if (name.strip() or stored) and not name.startswith("#"):
+                usual = home_of(config, name.lower())  # which checks the name, too
+                place = home if os.path.isabs(home) else usual
+                users.setdefault(name.lower(), (read_secret(stored), place))
+        except ValueError as error:
+            log.warning("%s:%d: %s", config.passwd_file, number, error)
     known = [secret for secret, _ in users.values()]
-    return users, max(known, key=lambda secret: secret[0], default=(0, lambda given: False))
+    dearest = max(known, key=lambda secret: secret[0], default=(0, lambda given: False))
+    return users | {"": (dearest, "")}
 
 
 class AuthSession(Session):
     """[identity, sid, remote, user, password] -> ["ok", user, ticket, seal] or ["no", reason]."""
 
-    input_limit = 8 * 1024
+    input_limit = LOGIN_INPUT
 
     def step(self) -> Reply | None:
         return self.answer() if self.buffer else None
 
     def answer(self) -> Reply:
+        reply = ["no", "[AUTHENTICATIONFAILED] Authentication failed."]
         try:
-            reply = self.log_in(*checked(self.buffer.decode(), (str,) * 5))
+            reply = self.log_in(*checked(self.buffer.decode(), (str,) * 5)) or reply
         except ValueError as error:  # its words may hold a password
             log.info("auth: request refused: %s", type(error).__name__)
-            reply = ["no", REFUSED]
         except OSError as error:
             log.error("%s: %s", self.config.passwd_file, error.strerror)
             reply = ["no", "[UNAVAILABLE] Temporary authentication failure."]
@@ -3532,63 +3529,71 @@ class AuthSession(Session):
         self.ended = "answered"
 
     def log_in(self, identity: str, sid: str, remote: str, name: str, password: str) -> list[str]:
+        """The answer; empty if that is no."""
         if not re.fullmatch("[!-~]{0,400}", identity + sid + remote) or len(password) > 1024:
             raise ValueError("not a request")
-        path, user = self.config.passwd_file, name.lower()  # Dovecot's auth_username_format, %Lu
-        found = os.stat(path)
-        users, dearest = read_passwords(path, (found.st_mtime_ns, found.st_size, found.st_ino))
-        (rounds, fits), home = users.get(user, (dearest, ""))
-        given = password.encode("utf-8", "surrogateescape")
-        if not fits(given) or user not in users:
-            if rounds < dearest[0]:  # a refusal takes as long as the dearest
-                dearest[1](given)
-            log.info("<%s> auth: wrong password or no such user: %.64r", sid, name)
-            return ["no", REFUSED]
-        home = home if os.path.isabs(home) else home_of(self.config, user)
-        return ["ok", user, *ticket(self.key, identity, sid, user, remote, home)]
+        file, user = os.stat(self.config.passwd_file), name.lower()  # as Dovecot's default, %Lu
+        users = read_passwords(self.config, (file.st_mtime_ns, file.st_size, file.st_ino))
+        dearest, _ = nobody = users[""]
+        (rounds, fits), home = users.get(user, nobody)
+        if fits(password) and home:
+            return ["ok", user, *ticket(self.key, identity, sid, user, remote, home)]
+        if rounds < dearest[0]:  # a refusal takes as long as the dearest
+            dearest[1](password)
+        log.info("<%s> auth: wrong password or no such user: %.64r", sid, name)
+        return []
 
 
 class BadCommand(Exception):
     """The client's mistake: the text of the BAD."""
 
 
-class Item(NamedTuple):
-    """A data item of FETCH: its name in the answer, a key of ITEMS or b"[]", and which bytes."""
-
-    label: bytes
-    kind: bytes
-    part: tuple[int, ...] = ()
-    what: str = ""
-    fields: tuple[str, ...] = ()
-    start: int = 0
-    length: int = STAR
-    seen: bool = False
+Item = tuple[bytes, Callable[["Candidate"], bytes]]  # of FETCH: its name in the answer, the value
+Test = Callable[["Candidate"], bool]
+Key = tuple[int, Test]  # of SEARCH; for the cost see SEARCH_KEYS
 
 
-class Key(NamedTuple):
-    """A SEARCH key. Cost: 0 the index tells, 1 the file's status, 2 the message, 3 all its text."""
+def kind(
+    pattern: bytes, value: Callable[[bytes], Any], what: str = "arguments", gap: bytes = GAP
+) -> Any:
+    """A kind of argument: its syntax, and what becomes of it."""
+    def taken(parser: Parser) -> Any:
+        try:
+            return value(parser.must(gap + b"(%b)" % pattern, what)[1])
+        except ValueError:
+            raise BadCommand(f"Invalid {what}") from None
 
-    cost: int
-    test: Callable[[Candidate], bool]
+    return taken
+
+
+def string(text: bytes) -> bytes:
+    return re.sub(rb"(?s)\\(.)", rb"\1", text[1:-1]) if text.startswith(b'"') else text
+
+
+def mailbox_name(text: bytes) -> str:
+    return re.sub(r"(?i)\Ainbox(?=[.*%]|$)", "INBOX", string(text).decode("latin-1"))
+
+
+def split_flags(text: bytes) -> tuple[str, list[str]]:
+    """(letters of system flags, keywords)"""
+    names = text.strip(b"()").decode().split()
+    letters = sorted({LETTERS[name.title()] for name in names if name[0] == "\\"})
+    return "".join(letters), [name[:100] for name in names if name[0] != "\\"]
 
 
 class Parser:
-    """Takes the arguments off a command, in which literals stand as they came. What RFC 3501
-    section 9 doesn't allow is BadCommand."""
+    """Takes the arguments off a command, each with the space before it. What RFC 3501 section 9
+    doesn't allow is BadCommand."""
 
-    def __init__(self, text: bytes) -> None:
-        self.text = text
-        self.at = 0
-        self.depth = 0
+    view: View  # what the sets of a SEARCH are about
 
-    def sees(self, token: bytes) -> bool:
-        return self.text.startswith(token, self.at)
-
-    def take(self, token: bytes) -> bool:
-        return bool(self.may(re.escape(token)))
-
-    def need(self, token: bytes) -> None:
-        self.must(re.escape(token), "or missing argument")
+    def __init__(self, text: bytes, at: int = 0) -> None:
+        self.text, self.at, self.keys, self.see = text, at, 0, False
+        while found := LITERAL.search(self.text, at):  # it becomes a quoted string
+            end = found.end() + int(found[1])
+            data = b'"%b"' % re.sub(rb'(["\\])', rb"\\\1", self.text[found.end() : end])
+            self.text = self.text[: found.start()] + data + self.text[end:]
+            at = found.start() + len(data)
 
     def may(self, pattern: bytes | re.Pattern[bytes]) -> re.Match[bytes] | None:
         found = re.compile(pattern).match(self.text, self.at)
@@ -3600,172 +3605,90 @@ class Parser:
             raise BadCommand(f"Invalid {what}")
         return found
 
-    def end(self) -> None:
-        self.must(rb"\Z", "text after the arguments")
+    end = kind(rb"\Z", bool, "text after the arguments", b"")
+    rest = kind(rb"(?s:.*)", bytes, gap=b"")
+    condstore = kind(rb"(?i: \(CONDSTORE\))?", bool, gap=b"")
+    atom = kind(ATOM, lambda text: text.decode().upper())
+    words = kind(rb"\(%b(?: %b)*\)" % (ATOM, ATOM), lambda t: t[1:-1].decode().upper().split())
+    number = kind(rb"\d{1,18}", int, "number")
+    sequence = kind(SET, bytes, "messageset")  # see View.mask()
+    astring = kind(ASTRING, string)
+    mailbox = kind(ASTRING, mailbox_name)
+    pattern = kind(LIST_PATTERN, mailbox_name)
+    flags = kind(rb"\((?:%b)?\)|%b" % (FLAG_LIST, FLAG_LIST), split_flags, "flags")
+    keyword = kind(ATOM, lambda text: text.decode()[:100].lower())
+    sought = kind(ASTRING, lambda text: string(text).decode(errors="replace").casefold())
+    day = kind(rb'"?[\w-]+"?', lambda text: datetime.datetime.strptime(
+        text.decode().strip('"'), "%d-%b-%Y").toordinal(), "date")
+    time = kind(rb'"[ :\w+-]+"', lambda text: datetime.datetime.strptime(
+        text.decode().strip('" '), "%d-%b-%Y %H:%M:%S %z").timestamp(), "date")
+    # The name of an entry may come first; all of a message have one MODSEQ.
+    modseq = kind(rb"(?:%b [a-zA-Z]+ )?\d{1,18}" % STRING, lambda text: int(text.split()[-1]))
 
-    def rest(self) -> bytes:
-        return self.must(rb"(?s).*")[0]
-
-    def atom(self) -> str:
-        return self.must(ATOM)[0].decode().upper()
-
-    def astring(self, plain: re.Pattern[bytes] = ASTRING) -> bytes:
-        if found := self.may(plain):
-            return found[0]
-        if found := self.may(QUOTED_STRING):
-            return re.sub(rb"\\(.)", rb"\1", found[1])
-        size = int(self.must(LITERAL)[1])  # which the session has read whole
-        self.at += size
-        return self.text[self.at - size : self.at]
-
-    def mailbox(self, plain: re.Pattern[bytes] = ASTRING) -> str:
-        return re.sub(r"(?i)\Ainbox(?=\.|$)", "INBOX", self.astring(plain).decode("latin-1"))
-
-    pattern = partialmethod(mailbox, LIST_PATTERN)
-
-    def number(self) -> int:
-        return int(self.must(rb"\d{1,18}", "number")[0])
-
-    def several(self, item: Callable[[Parser], Any]) -> list[Any]:
+    def several(self, item: Callable[[Parser], Any], end: bytes = rb"\)") -> list[Any]:
         found = [item(self)]
-        while self.take(b" "):
+        while not self.may(end):
             found.append(item(self))
         return found
 
-    def items(self, item: Callable[[Parser], Any], least: int = 1) -> list[Any]:
-        """A parenthesised list."""
-        self.need(b"(")
-        found = [] if not least and self.sees(b")") else self.several(item)
-        self.need(b")")
-        return found
-
-    words = partialmethod(items, atom)
-
-    def sequence(self) -> Ranges:
-        text = self.must(SET, "messageset")[0].replace(b"*", b"%d" % STAR)
-        parts = [part.split(b":") for part in text.split(b",")]
-        return [(int(ends[0]), int(ends[-1])) for ends in parts]
-
-    def flag(self) -> str:
-        name = self.must(rb"\\?" + ATOM.pattern, "flag")[0].decode()[:100]
-        if name[0] == "\\" and (name := name.title()) not in LETTERS:
-            raise BadCommand(f"Invalid system flag {name}")
-        return name
-
-    def flags(self) -> tuple[str, list[str]]:
-        """(letters of system flags, keywords); STORE does without parentheses, too."""
-        names = self.items(Parser.flag, 0) if self.sees(b"(") else self.several(Parser.flag)
-        letters = sorted({LETTERS[name] for name in names if name in LETTERS})
-        return "".join(letters), [name for name in names if name not in LETTERS]
-
-    def time(self, form: str) -> datetime.datetime:
-        try:
-            return datetime.datetime.strptime(self.astring().decode("ascii").strip(), form)
-        except ValueError:
-            raise BadCommand("Invalid date") from None
-
-    def day(self) -> int:
-        return self.time("%d-%b-%Y").toordinal()
-
-    def condstore(self) -> bool:
-        return bool(self.may(rb"(?i) \(CONDSTORE\)"))
-
     def store(self) -> tuple[str, bool, int, str, list[str]]:
-        found = self.must(rb"(?i)(?:\(UNCHANGEDSINCE (\d{1,18})\) )?([+-]?)FLAGS(\.SILENT)? ")
+        found = self.must(rb"(?i) (?:\(UNCHANGEDSINCE (\d{1,18})\) )?([+-]?)FLAGS(\.SILENT)?")
         return found[2].decode(), bool(found[3]), int(found[1] or 2**63), *self.flags()
 
-    def append(self) -> tuple[str, str, list[str], float | None, int]:
-        """All that comes before APPEND's message, and where that begins."""
-        name, when, flags, keywords = self.mailbox(), None, "", list[str]()
-        self.need(b" ")
-        if self.sees(b"("):
-            flags, keywords = self.flags()
-            self.need(b" ")
-        if self.sees(b'"'):
-            when = self.time("%d-%b-%Y %H:%M:%S %z").timestamp()
-            self.need(b" ")
-        return name, flags, keywords, when, self.must(LITERAL).start()
+    def append(self) -> tuple[str, str, list[str], float | None]:
+        """All that comes before APPEND's message, of which nothing is in the command."""
+        name = self.mailbox()
+        flags = self.flags() if self.may(rb"(?= \()") else ("", [])
+        when = self.time() if self.may(rb'(?= "[^"])') else None
+        self.must(rb' ""')
+        return name, *flags, when
 
-    def fetch(self) -> tuple[list[Item], int]:
-        if macro := self.may(rb"(?i)(ALL|FAST|FULL)(?= |$)"):
-            count = {b"FAST": 3, b"ALL": 4, b"FULL": 5}[macro[0].upper()]
-            names = (b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"ENVELOPE", b"BODY")
-            items = [Item(each, each) for each in names[:count]]
+    def fetch(self) -> tuple[list[Item], bool, int]:
+        """The items, whether they set \\Seen, and CHANGEDSINCE."""
+        if macro := self.may(rb"(?i) (ALL|FAST|FULL)(?= |$)"):
+            items = [*ITEMS.items()][: {b"FAST": 3, b"ALL": 4, b"FULL": 5}[macro[1].upper()]]
         else:
-            items = self.items(Parser.fetch_item) if self.sees(b"(") else [self.fetch_item()]
+            items = self.several(Parser.item) if self.may(rb" \(") else [self.item()]
         since = self.may(rb"(?i) \(CHANGEDSINCE (\d{1,18})\)")
-        return items, int(since[1]) if since else -1
+        return items, self.see, int(since[1]) if since else -1
 
-    def fetch_item(self) -> Item:
-        name = self.must(rb"[A-Za-z0-9.]+", "FETCH item")[0].upper()
-        if self.sees(b"[") and name in (b"BODY", b"BODY.PEEK"):
-            return self.section(name == b"BODY")
-        if name in (b"RFC822", b"RFC822.TEXT", b"RFC822.HEADER"):
-            return Item(name, b"[]", what=name[7:].decode(), seen=name != b"RFC822.HEADER")
-        if name not in ITEMS and name not in PARSED:
-            raise BadCommand("Unknown FETCH item " + name.decode())
-        return Item(name, name)
+    def item(self) -> Item:
+        found = self.must(GAP + ITEM, "FETCH item")
+        peek, part, what, names, start, length, name = found.groups(b"")
+        if name:
+            self.see |= name.upper() in (b"RFC822", b"RFC822.TEXT")
+            if name.upper() not in ITEMS:
+                raise BadCommand("Unknown FETCH item " + name.decode())
+            return name.upper(), ITEMS[name.upper()]
+        self.see |= not peek
+        fields = [string(name).decode("latin-1").upper() for name in re.findall(ASTRING, names)]
+        label = b"BODY[%b%b" % (part, what.upper())
+        label += b" (%b)]" % b" ".join(map(atom_or_quoted, fields)) if fields else b"]"
+        label += b"<%d>" % int(start) if start else b""
+        numbers = tuple(map(int, re.findall(rb"\d+", part)))
+        some = slice(int(start), int(start) + int(length)) if start else slice(None)
+        return label, lambda m: m.literal((numbers, what.decode().upper(), tuple(fields)), some)
 
-    def section(self, seen: bool) -> Item:
-        found = self.must(SECTION, "BODY[...] section")
-        part = tuple(int(number) for number in found[1].split(b".") if number)
-        what, label = found[2].decode().upper(), b"BODY" + found[0].upper()
-        names = self.items(Parser.astring) if self.take(b" ") else []
-        fields = tuple(name.decode("latin-1").upper() for name in names)
-        if fields:
-            label += b" (" + b" ".join(map(atom_or_quoted, fields)) + b")"
-        self.need(b"]")
-        some = self.may(rb"<(\d{1,10})\.([1-9]\d{0,9})>")
-        start, length = (int(some[1]), int(some[2])) if some else (0, STAR)
-        label += b"]<%d>" % start if some else b"]"
-        return Item(label, b"[]", part, what, fields, start, length, seen)
-
-    def search(self) -> tuple[Key, bool]:
-        """The keys as one, and whether MODSEQ may be among them."""
-        if self.may(rb"(?i)CHARSET "):
-            if self.astring().upper() not in (b"US-ASCII", b"UTF-8"):
-                raise MailError("BADCHARSET (US-ASCII UTF-8)", "Unknown charset")
-            self.need(b" ")
-        return every(self.several(Parser.key)), b"MODSEQ" in self.text.upper()
+    def search(self) -> tuple[Test, bool]:
+        """The keys as one test, and whether MODSEQ may be among them."""
+        charset = self.astring().upper() if self.may(rb"(?i) CHARSET(?= )") else b"UTF-8"
+        if charset not in (b"US-ASCII", b"UTF-8"):
+            raise MailError("BADCHARSET (US-ASCII UTF-8)", "Unknown charset")
+        return every(self.several(Parser.key, rb"\Z"))[1], b"MODSEQ" in self.text.upper()
 
     def key(self) -> Key:
-        if self.depth > NESTING:
-            raise BadCommand("Too many levels in SEARCH")
-        self.depth += 1
-        if self.sees(b"("):
-            key = every(self.items(Parser.key))
-        elif SET.match(self.text, self.at):
-            ranges = self.sequence()
-            key = Key(0, lambda m: within(m.number, ranges, len(m.view.uids)))
-        else:
-            key = self.named_key(self.atom())
-        self.depth -= 1
-        return key
-
-    def named_key(self, name: str) -> Key:
-        if name.startswith("UN") and name[2:] in (*SEARCH_FLAGS, "KEYWORD"):
-            key = self.named_key(name[2:])
-            return Key(key.cost, lambda m: not key.test(m))
-        if letter := SEARCH_FLAGS.get(name):
-            return Key(0, lambda m: letter in m.row.flags)
+        self.keys += 1
+        if self.keys > KEYS:
+            raise BadCommand("Too many keys in SEARCH")
+        if self.may(GAP + rb"\("):
+            return every(self.several(Parser.key))
+        name = "" if self.may(b"(?=%b%b)" % (GAP, SET)) else self.atom()
         if name not in SEARCH_KEYS:
             raise BadCommand(f"Unknown SEARCH key {name}")
-        arguments, cost, test = SEARCH_KEYS[name]
-        values = []
-        for argument in arguments:
-            self.need(b" ")
-            values.append(argument(self))
-        cost = max([cost, *(value.cost for value in values if isinstance(value, Key))])
-        return Key(cost, lambda m: test(m, *values))
-
-    def words_sought(self) -> str:
-        return self.astring().decode(errors="replace").casefold()
-
-    header_name = words_sought
-
-    def modseq(self) -> int:
-        self.may(QUOTED_STRING.pattern + rb" [a-zA-Z]+ ")  # an entry; all have one MODSEQ here
-        return self.number()
+        cost, test, *kinds = SEARCH_KEYS[name]
+        values = [kind(self) for kind in kinds]
+        cost = max([cost, *(value[0] for value in values if isinstance(value, tuple))])
+        return cost, lambda m: test(m, *values)
 
 
 @dataclass
@@ -3788,14 +3711,6 @@ class View:
     expunged: int = 0  # and up to here of expunged messages
     new: int = 0  # the folder's times before the last look
     cur: int = 0
-    known: array[int] | None = None
-
-    def claim(self, box: Mailbox) -> None:
-        """What nobody had been told of is \\Recent here, and in no other session."""
-        if self.recent and box.recent <= self.recent[-1]:
-            self.recent[-1] = box.uidnext
-        elif box.recent < box.uidnext:
-            self.recent = [*self.recent, box.recent, box.uidnext][-8:]
 
     @property
     def index(self) -> Index:
@@ -3807,90 +3722,96 @@ class View:
     def query(self, what: str, *values: Any) -> list[Any]:
         return self.index.db.execute(what, (self.id, *values)).fetchall()
 
-    @property
+    @cached_property
     def uids(self) -> array[int]:
-        if self.known is None:
-            self.box()  # it must still be this one
-            rows = self.query(
-                "SELECT uid FROM message WHERE box = ?1 AND uid < ?2 UNION "
-                "SELECT uid FROM expunged WHERE box = ?1 AND uid < ?2 AND modseq > ?3 ORDER BY 1",
-                self.uidnext, self.expunged)
-            self.known = array("I", (row[0] for row in rows))
-        return self.known
+        self.box()  # it must still be this one
+        rows = self.query(
+            "SELECT uid FROM message WHERE box = ?1 AND uid < ?2 UNION "
+            "SELECT uid FROM expunged WHERE box = ?1 AND uid < ?2 AND modseq > ?3 ORDER BY 1",
+            self.uidnext, self.expunged)
+        return array("I", (uid for uid, in rows))
 
     def number(self, uid: int) -> int:
         """The sequence number of a UID; 0 if the session doesn't know it."""
         at = bisect.bisect_left(self.uids, uid)
         return at + 1 if at < len(self.uids) and self.uids[at] == uid else 0
 
+    def mask(self, ranges: bytes, by_uid: bool, strict: bool = False) -> bytearray:
+        """A set as a byte for each message; to be `strict` is an error if one isn't there."""
+        keys = self.uids if by_uid else range(1, len(self.uids) + 1)
+        mask, last = bytearray(len(keys)), b"%d" % (keys[-1] if keys else 0)
+        for part in ranges.replace(b"*", last).split(b","):
+            low, *_, high = sorted(map(int, part.split(b":") * 2))
+            if strict and not 0 < low <= high <= len(keys):
+                raise BadCommand("Invalid messageset")
+            start, stop = bisect.bisect_left(keys, low), bisect.bisect(keys, high)
+            mask[start:stop] = b"\1" * (stop - start)
+        return mask
+
+    def pick(self, ranges: bytes, by_uid: bool) -> list[int]:
+        """The UIDs of a set, in order. A number that isn't there is an error, a UID isn't."""
+        return [*itertools.compress(self.uids, self.mask(ranges, by_uid, strict=not by_uid))]
+
     def recents(self) -> int:
         at = [bisect.bisect_left(self.uids, uid) for uid in self.recent]
         return sum(at[1::2]) - sum(at[::2])
 
-    def is_recent(self, uid: int) -> bool:
-        return bisect.bisect(self.recent, uid) % 2 == 1
-
     def folder(self) -> str:
         return "" if self.name == "INBOX" else "." + self.name
 
-    def quiet(self) -> bool:
-        """Can nothing have happened? Then the index need not be opened."""
-        try:
-            times = folder_times(os.fsencode(os.path.join(self.home, self.folder())))
-        except FileNotFoundError:
-            return False
-        return times == (self.new, self.cur)
-
-    def look(self, expunges: bool, describe: Callable[[Any, int, bool], str]) -> list[str]:
-        """The untagged lines that bring the client up to date. Without `expunges` (RFC 3501
-        7.4.1) the dead stay in the view, and new messages then wait for them too."""
-        if self.quiet():
-            return []
+    def look(self, expunges: bool) -> tuple[list[str], Iterable[Candidate]]:
+        """The untagged lines that bring the client up to date, and the messages whose flags have
+        changed. Without `expunges` (RFC 3501 7.4.1) the dead stay in the view, and new messages
+        then wait for them too."""
+        if folder_times(os.fsencode(f"{self.home}/{self.folder()}")) == (self.new, self.cur):
+            return [], ()  # nothing can have happened: the index need not be opened
         index = self.index
-        claimed = index.refresh(self.box(), not self.readonly)
-        self.claim(claimed)
+        box = index.refresh(self.box(), not self.readonly)
+        times = box.new, box.cur
+        # What nobody had been told of is \Recent here, and in no other session.
+        if self.recent and box.recent <= self.recent[-1]:
+            self.recent[-1] = box.uidnext
+        elif box.recent < box.uidnext:
+            self.recent = [*self.recent, box.recent, box.uidnext][-8:]
         with index.db:
             index.db.execute("BEGIN")  # all of what follows is of one moment
             box = self.box()
+            self.uids  # noqa: B018  made now
             since = "WHERE box = ? AND modseq > ? AND uid < ? ORDER BY uid"
-            rows = self.query(f"SELECT uid FROM expunged {since}", self.expunged, self.uidnext)
-            dead = [row[0] for row in rows]
-            query = f"SELECT uid, flags, keywords, modseq FROM message {since}"
-            changed = self.query(query, self.modseq, self.uidnext)
-            query = "SELECT uid FROM message WHERE box = ? AND uid >= ? ORDER BY uid"
-            fresh = [row[0] for row in self.query(query, self.uidnext)]
-            if dead or fresh or changed:
-                self.uids  # noqa: B018  made now, of this moment
-        words = box.keywords.split()
-        lines = [self.flag_lines(words)] if len(words) != self.keywords else []
-        lines += [describe(row, self.number(row[0]), self.is_recent(row[0])) for row in changed]
-        self.name, self.modseq = box.name, box.modseq
-        self.new, self.cur = UNSETTLED
-        if expunges or not dead:
-            lines += self.resize(dead, fresh) if dead or fresh or not self.uidnext else []
-            self.uidnext, self.expunged = box.uidnext, box.modseq
-            self.new, self.cur = claimed.new, claimed.cur
-        return lines
+            dead = self.query(f"SELECT uid FROM expunged {since}", self.expunged, self.uidnext)
+            changed = self.query(f"SELECT * FROM message {since}", self.modseq, self.uidnext)
+            lines = self.flag_lines(box.keywords.split())
+            self.name, self.modseq = box.name, box.modseq
+            self.new, self.cur = UNSETTLED
+            if expunges or not dead:
+                lines += self.resize(dead, box.uidnext)
+                self.expunged, (self.new, self.cur) = box.modseq, times
+        return lines, (Candidate(self, box, MessageRow(*row), {}) for row in changed)
 
-    def resize(self, dead: list[int], fresh: list[int]) -> list[str]:
-        lines, recents = [], self.recents()
-        for uid in reversed(dead):
+    def resize(self, dead: list[tuple[int]], uidnext: int) -> list[str]:
+        """EXPUNGE, EXISTS and RECENT."""
+        lines, recents, first = list[str](), self.recents(), not self.uidnext
+        for uid, in reversed(dead):
             if number := self.number(uid):
                 del self.uids[number - 1]
                 lines.append(f"* {number} EXPUNGE\r\n")
-        self.uids.extend(fresh)
-        if fresh or not self.uidnext:
+        query = "SELECT uid FROM message WHERE box = ? AND uid >= ? ORDER BY uid"
+        fresh = self.query(query, self.uidnext)
+        self.uids.extend(uid for uid, in fresh)
+        self.uidnext = uidnext
+        if fresh or first:
             lines.append(f"* {len(self.uids)} EXISTS\r\n")
-        if self.recents() != recents or not self.uidnext:
+        if self.recents() != recents or first:
             lines.append(f"* {self.recents()} RECENT\r\n")
         return lines
 
-    def flag_lines(self, words: list[str]) -> str:
-        self.keywords = len(words)
-        flags = " ".join([SYSTEM_FLAGS, *words])
+    def flag_lines(self, words: list[str]) -> list[str]:
+        if len(words) == self.keywords:
+            return []
+        self.keywords, flags = len(words), " ".join([*LETTERS, *words])
         usual = f"({flags} \\*)] Flags permitted."
         permanent = "()] Read-only mailbox." if self.readonly else usual
-        return f"* FLAGS ({flags})\r\n* OK [PERMANENTFLAGS {permanent}\r\n"
+        return [f"* FLAGS ({flags})\r\n* OK [PERMANENTFLAGS {permanent}\r\n"]
 
 
 class Candidate:
@@ -3900,7 +3821,7 @@ class Candidate:
         self.view, self.box, self.row = view, box, row
         self.parsed = parsed  # what the index knows, and what it will
         self.number = view.number(row.uid)
-        self.recent = view.is_recent(row.uid)
+        self.recent = bisect.bisect(view.recent, row.uid) % 2 == 1
 
     @cached_property
     def message(self) -> Message:
@@ -3921,33 +3842,31 @@ class Candidate:
         possible = min(max(seconds, -(2**31)), 2**35)  # years that datetime can do
         return datetime.datetime.fromtimestamp(possible).astimezone()
 
-    def day(self) -> int:
-        return self.when().toordinal()
-
-    def sent_day(self) -> float:
-        sent = self.message.sent_date()
-        return sent.toordinal() if sent else math.nan  # which is before and after nothing
-
     def has(self, name: str, text: str) -> bool:
-        if not text:
-            return self.message.has_header(name)
-        return text in self.message.header_text(name).casefold()
+        found = self.message.header_text(name)
+        return found is not None and text in found.casefold()
 
-    def value(self, item: Item) -> bytes:
-        if item.kind in PARSED:
-            return item.label + b" " + self.recall(item.kind)
-        if item.kind in ITEMS:
-            return item.label + b" " + ITEMS[item.kind](self)
-        data = self.message.section(item.part, item.what, item.fields) or b""
-        data = data[item.start : item.start + item.length]
-        return b"%b {%d}\r\n%b" % (item.label, len(data), data)
+    def literal(self, section: tuple[Any, ...], some: slice = slice(None)) -> bytes:
+        """What BODY[...]<...> is."""
+        data = (self.message.section(*section) or b"")[some]
+        return b"{%d}\r\n%b" % (len(data), data)
 
 
-ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {
-    b"UID": lambda m: b"%d" % m.row.uid,
-    b"FLAGS": lambda m: flag_list(m.row.flags, m.row.keywords, m.recent).encode(),
+INDEXED = (b"UID", b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"MODSEQ")  # first in an answer
+ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {  # the first are those of FAST, ALL and FULL
+    b"FLAGS": lambda m: b"(%b)" % " ".join([
+        *(name for name, letter in LETTERS.items() if letter in m.row.flags),
+        *["\\Recent"] * m.recent, *m.row.keywords.split()]).encode(),
     b"INTERNALDATE": lambda m: f'"{m.when():%d-%b-%Y %H:%M:%S %z}"'.encode(),
+    b"RFC822.SIZE": lambda m: m.recall(b"RFC822.SIZE"),
+    b"ENVELOPE": lambda m: m.recall(b"ENVELOPE"),
+    b"BODY": lambda m: m.recall(b"BODY"),
+    b"BODYSTRUCTURE": lambda m: m.recall(b"BODYSTRUCTURE"),
+    b"UID": lambda m: b"%d" % m.row.uid,
     b"MODSEQ": lambda m: b"(%d)" % m.row.modseq,
+    b"RFC822": lambda m: m.literal(((), "", ())),
+    b"RFC822.HEADER": lambda m: m.literal(((), "HEADER", ())),
+    b"RFC822.TEXT": lambda m: m.literal(((), "TEXT", ())),
 }
 PARSED: dict[bytes, Callable[[Message], bytes]] = {  # never change, and are kept in the index
     b"RFC822.SIZE": lambda m: b"%d" % m.size,
@@ -3955,60 +3874,51 @@ PARSED: dict[bytes, Callable[[Message], bytes]] = {  # never change, and are kep
     b"BODY": lambda m: m.bodystructure(False),
     b"BODYSTRUCTURE": lambda m: m.bodystructure(True),
 }
-INDEXED = (b"UID", b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"MODSEQ")  # first in an answer
 
-SEARCH_FLAGS = {"ANSWERED": "R", "DELETED": "T", "DRAFT": "D", "FLAGGED": "F", "SEEN": "S"}
-SEARCH_KEYS: dict[str, tuple[tuple[Callable[[Parser], Any], ...], int, Callable[..., bool]]] = {
-    "ALL": ((), 0, lambda m: True),
-    "NEW": ((), 0, lambda m: m.recent and "S" not in m.row.flags),
-    "OLD": ((), 0, lambda m: not m.recent),
-    "RECENT": ((), 0, lambda m: m.recent),
-    "NOT": ((Parser.key,), 0, lambda m, key: not key.test(m)),
-    "OR": ((Parser.key, Parser.key), 0, lambda m, one, two: one.test(m) or two.test(m)),
-    "UID": ((Parser.sequence,), 0, lambda m, ranges: within(m.row.uid, ranges, m.view.uids[-1])),
-    "KEYWORD": ((Parser.flag,), 0, lambda m, w: w.lower() in m.row.keywords.lower().split()),
-    "MODSEQ": ((Parser.modseq,), 0, lambda m, modseq: m.row.modseq >= modseq),
-    "LARGER": ((Parser.number,), 1, lambda m, size: m.size() > size),
-    "SMALLER": ((Parser.number,), 1, lambda m, size: m.size() < size),
-    "BEFORE": ((Parser.day,), 1, lambda m, day: m.day() < day),
-    "ON": ((Parser.day,), 1, lambda m, day: m.day() == day),
-    "SINCE": ((Parser.day,), 1, lambda m, day: m.day() >= day),
-    "SENTBEFORE": ((Parser.day,), 2, lambda m, day: m.sent_day() < day),
-    "SENTON": ((Parser.day,), 2, lambda m, day: m.sent_day() == day),
-    "SENTSINCE": ((Parser.day,), 2, lambda m, day: m.sent_day() >= day),
-    "HEADER": ((Parser.header_name, Parser.words_sought), 2, Candidate.has),
-    "BODY": ((Parser.words_sought,), 3, lambda m, t: t in m.message.text(False).casefold()),
-    "TEXT": ((Parser.words_sought,), 3, lambda m, t: t in m.message.text(True).casefold()),
+# The cost of a key, its test, what follows it. Cheap ones are tried first: for 0 the index is
+# enough, 1 takes the file's status, 2 the message, 3 all its text.
+SEARCH_KEYS: dict[str, tuple[Any, ...]] = {
+    "ALL": (0, lambda m: True),
+    "NEW": (0, lambda m: m.recent and "S" not in m.row.flags),
+    "OLD": (0, lambda m: not m.recent),
+    "RECENT": (0, lambda m: m.recent),
+    "NOT": (0, lambda m, key: not key[1](m), Parser.key),
+    "OR": (0, lambda m, one, two: one[1](m) or two[1](m), Parser.key, Parser.key),
+    "": (0, lambda m, mask: mask[m.number - 1], lambda p: p.view.mask(p.sequence(), False)),
+    "UID": (0, lambda m, mask: mask[m.number - 1], lambda p: p.view.mask(p.sequence(), True)),
+    "KEYWORD": (0, lambda m, word: word in m.row.keywords.lower().split(), Parser.keyword),
+    "UNKEYWORD": (0, lambda m, word: word not in m.row.keywords.lower().split(), Parser.keyword),
+    "MODSEQ": (0, lambda m, modseq: m.row.modseq >= modseq, Parser.modseq),
+    "LARGER": (1, lambda m, size: m.size() > size, Parser.number),
+    "SMALLER": (1, lambda m, size: m.size() < size, Parser.number),
+    "BEFORE": (1, lambda m, day: m.when().toordinal() < day, Parser.day),
+    "ON": (1, lambda m, day: m.when().toordinal() == day, Parser.day),
+    "SINCE": (1, lambda m, day: m.when().toordinal() >= day, Parser.day),
+    "SENTBEFORE": (2, lambda m, day: m.message.sent_day() < day, Parser.day),
+    "SENTON": (2, lambda m, day: m.message.sent_day() == day, Parser.day),
+    "SENTSINCE": (2, lambda m, day: m.message.sent_day() >= day, Parser.day),
+    "HEADER": (2, lambda m, name, text: m.has(name, text), Parser.sought, Parser.sought),
+    "BODY": (3, lambda m, text: text in m.message.text(False).casefold(), Parser.sought),
+    "TEXT": (3, lambda m, text: text in m.message.text(True).casefold(), Parser.sought),
 }
-for _name in ("Bcc", "Cc", "From", "Subject", "To"):
-    SEARCH_KEYS[_name.upper()] = (
-        (Parser.words_sought,), 2, lambda m, text, name=_name: m.has(name, text))
+for _name in ("BCC", "CC", "FROM", "SUBJECT", "TO"):
+    SEARCH_KEYS[_name] = 2, lambda m, text, name=_name: m.has(name, text), Parser.sought
+for _name, _letter in LETTERS.items():
+    SEARCH_KEYS[_name[1:].upper()] = 0, lambda m, letter=_letter: letter in m.row.flags
+    SEARCH_KEYS["UN" + _name[1:].upper()] = 0, lambda m, letter=_letter: letter not in m.row.flags
+
+
+def every(keys: list[Key]) -> Key:
+    keys = sorted(keys, key=lambda key: key[0])
+    return keys[-1][0], lambda m: all(test(m) for _, test in keys)
 
 
 def pieces(data: bytes) -> Iterator[bytes]:
     return (data[at : at + 32768] for at in range(0, len(data) or 1, 32768))
 
 
-def every(keys: list[Key]) -> Key:
-    keys = sorted(keys, key=lambda key: key.cost)
-    return Key(keys[-1].cost, lambda m: all(key.test(m) for key in keys))
-
-
-def bounds(ranges: Ranges, last: int) -> Iterator[list[int]]:
-    return (sorted(last if end == STAR else end for end in ends) for ends in ranges)
-
-
-def within(number: int, ranges: Ranges, last: int) -> bool:
-    return any(low <= number <= high for low, high in bounds(ranges, last))
-
-
-def flag_list(letters: str, keywords: str, recent: bool) -> str:
-    names = [name for name, letter in LETTERS.items() if letter in letters]
-    return "(" + " ".join(names + ["\\Recent"] * recent + keywords.split()) + ")"
-
-
 def atom_or_quoted(name: str) -> bytes:
-    plain = ATOM.fullmatch(name.encode("utf-8")) and name.upper() != "NIL"
+    plain = re.fullmatch(ATOM, name.encode("utf-8")) and name.upper() != "NIL"
     return name.encode() if plain else quoted(name)
 
 
@@ -4018,8 +3928,6 @@ def wildcard(pattern: str, name: str) -> bool:
     >>> wildcard("a%.*", "ab.c.d"), wildcard("a%", "ab.c"), wildcard("*", "x")
     (True, False, True)
     """
-    if name == "INBOX" or name.startswith("INBOX."):
-        pattern = pattern[:5].upper() + pattern[5:]
     reached = {0}  # the pattern so far matches these lengths of the name
     for char in pattern:
         if char in "*%":
@@ -4042,13 +3950,9 @@ def compact_set(uids: Sequence[int]) -> str:
     >>> compact_set([1, 2, 3, 7, 5])
     '1:3,7,5'
     """
-    runs: list[list[int]] = []
-    for uid in uids:
-        if runs and runs[-1][-1] == uid - 1:
-            runs[-1][1:] = [uid]
-        else:
-            runs.append([uid])
-    return ",".join(":".join(map(str, run)) for run in runs)
+    runs = itertools.groupby(enumerate(uids), lambda pair: pair[1] - pair[0])
+    ends = ([*run] for _, run in runs)
+    return ",".join(":".join(str(uid) for _, uid in run[:: len(run) - 1 or 1]) for run in ends)
 
 
 class Command(NamedTuple):
@@ -4210,19 +4114,17 @@ class CommandSession(Session):
         self.running = parser.must(TAG, "tag")[0].decode()
         if self.fault:
             raise self.fault
-        parser.need(b" ")
         name = parser.atom()
-        self.by_uid = name == "UID" and parser.take(b" ")
+        self.by_uid = name == "UID"
         name = parser.atom() if self.by_uid else name
         if not (command := self.commands.get("UID " * self.by_uid + name)):
             raise BadCommand(f"Unknown command {name}")
         if command.selected and not self.view:
             raise BadCommand("No mailbox selected")
         arguments: list[Any] = [self.view] if command.selected else []
-        for argument in command.arguments:
-            if argument not in (Parser.rest, Parser.condstore):  # which may be absent
-                parser.need(b" ")
-            arguments.append(argument(parser))
+        if self.view:
+            parser.view = self.view
+        arguments += [argument(parser) for argument in command.arguments]
         parser.end()
         result = command.method(self, *arguments)
         code = (yield from result) if isinstance(result, Generator) else result
@@ -4326,7 +4228,7 @@ class ImapSession(CommandSession):
             yield from self.stirred()
 
     def freeze(self) -> list[Any]:
-        return [self.condstore, *(list(vars(self.view).values())[1:-1] if self.view else [])]
+        return [self.condstore, *(astuple(self.view)[1:] if self.view else [])]
 
     def thaw(self, state: list[Any]) -> None:
         self.line_limit = int(self.config.max_line_length)
@@ -4359,7 +4261,8 @@ class ImapSession(CommandSession):
     def tell(self, expunges: bool) -> Reply:
         """What is new in the selected mailbox. A busy index is asked again next time."""
         try:
-            lines = self.view.look(expunges, self.describe) if self.view else []
+            lines, changed = self.view.look(expunges) if self.view else ([], ())
+            lines += map(self.describe, changed)
         except MailError as error:
             yield self.bye(str(error))
         except FAULTS as error:
@@ -4368,16 +4271,16 @@ class ImapSession(CommandSession):
             self.own.clear()
             yield from pieces("".join(lines).encode())
 
-    def describe(self, row: tuple[int, str, str, int], number: int, recent: bool) -> str:
+    def describe(self, message: Candidate) -> str:
         """A FETCH line for changed flags; the client knows of what it has done itself."""
-        uid, flags, keywords, modseq = row
+        uid, modseq = message.row.uid, message.row.modseq
         items = [f"UID {uid}"] if self.by_uid else []
         items += [f"MODSEQ ({modseq})"] if self.condstore else []
         if modseq not in self.own:
-            items.append("FLAGS " + flag_list(flags, keywords, recent))
+            items.append(f"FLAGS {ITEMS[b'FLAGS'](message).decode()}")
         elif not self.condstore:
             return ""
-        return f"* {number} FETCH ({' '.join(items)})\r\n" if number else ""
+        return f"* {message.number} FETCH ({' '.join(items)})\r\n" if message.number else ""
 
     def use_condstore(self) -> Reply:
         """From now on MODSEQs are told (RFC 7162 3.1)."""
@@ -4415,7 +4318,7 @@ class ImapSession(CommandSession):
         self.condstore |= condstore
         box = self.index.by_name(name)
         view = View(self.home, box.id, box.name, readonly, box.uidvalidity)
-        lines = view.look(True, self.describe)
+        lines, _ = view.look(True)
         self.view = view
         query = "SELECT min(uid) FROM message WHERE box = ? AND flags NOT LIKE '%S%'"
         if unseen := view.number(view.query(query)[0][0] or 0):
@@ -4468,11 +4371,9 @@ class ImapSession(CommandSession):
     def upload_for(self, line: bytes, start: int, size: int) -> Delivery | None:
         parser = Parser(line)
         try:
-            parser.must(re.compile(TAG.pattern + rb" APPEND ", re.I))
-            name, *_, begins = parser.append()
+            parser.must(re.compile(TAG.pattern + rb" APPEND(?= )", re.I))
+            name, *_ = parser.append()
         except BadCommand:
-            return None
-        if begins != start:
             return None
         if not size:
             raise MailError("CANNOT", "Can't save a message without a byte")
@@ -4480,8 +4381,8 @@ class ImapSession(CommandSession):
             raise MailError("TOOBIG", "Message is too large")
         return Delivery(self.index.folder(self.index.by_name(name, "TRYCREATE").name))
 
-    def append(self, arguments: tuple[str, str, list[str], float | None, int]) -> str:
-        name, flags, keywords, when, _ = arguments
+    def append(self, arguments: tuple[str, str, list[str], float | None]) -> str:
+        name, flags, keywords, when = arguments
         if not self.upload:
             raise BadCommand("Invalid arguments")
         self.upload.finish(when)
@@ -4499,9 +4400,9 @@ class ImapSession(CommandSession):
         self.expunge(view)
         self.view = None
 
-    def expunge(self, view: View, ranges: Ranges | None = None) -> None:
+    def expunge(self, view: View, ranges: bytes | None = None) -> None:
         if not view.readonly:
-            uids = view.uids if ranges is None else self.pick(view, ranges)
+            uids = view.uids if ranges is None else view.pick(ranges, self.by_uid)
             view.index.expunge(view.box().id, uids, deleted_only=True)
 
     def pick(self, view: View, ranges: Ranges) -> list[int]:
@@ -4537,8 +4438,8 @@ class ImapSession(CommandSession):
             if len(parsed) > len(found):
                 view.index.remember(box.id, parsed)
 
-    def copy(self, view: View, ranges: Ranges, name: str, move: bool = False) -> Step:
-        if not (uids := self.pick(view, ranges)):
+    def copy(self, view: View, ranges: bytes, name: str, move: bool = False) -> Step:
+        if not (uids := view.pick(ranges, self.by_uid)):
             return ""
         if move and view.readonly:
             raise MailError("READ-ONLY", "Mailbox is read-only")
@@ -4550,9 +4451,9 @@ class ImapSession(CommandSession):
         yield f"* OK {code} Moved UIDs.\r\n".encode()
         return ""
 
-    def store(self, view: View, ranges: Ranges, change: tuple[Any, ...]) -> Step:
+    def store(self, view: View, ranges: bytes, change: tuple[Any, ...]) -> Step:
         how, silent, since, flags, keywords = change
-        uids, refused = self.pick(view, ranges), list[int]()
+        uids, refused = view.pick(ranges, self.by_uid), list[int]()
         if view.readonly:
             raise MailError("READ-ONLY", "Mailbox is read-only")
         if since < 2**63:
@@ -4567,26 +4468,26 @@ class ImapSession(CommandSession):
             yield b""
         return f"[MODIFIED {compact_set(refused)}]" if refused else ""
 
-    def search(self, view: View, wanted: tuple[Key, bool]) -> Reply:
-        key, modseqs = wanted
+    def search(self, view: View, wanted: tuple[Test, bool]) -> Reply:
+        test, modseqs = wanted
         if modseqs:
             yield from self.use_condstore()
         found, highest = [""], 0
         for message in self.walk(view, view.uids, True, False):
             with contextlib.suppress(Vanished):
-                if key.test(message):
+                if test(message):
                     found.append(str(message.row.uid if self.by_uid else message.number))
                     highest = max(highest, message.row.modseq)
             yield b""  # the worker's other sessions have a turn
         more = f" (MODSEQ {highest})" if modseqs and highest else ""
         yield f"* SEARCH{' '.join(found)}{more}\r\n".encode()
 
-    def fetch(self, view: View, ranges: Ranges, wanted: tuple[list[Item], int]) -> Step:
-        items, since = wanted
-        uids, there = self.pick(view, ranges), 0
-        items = [Item(b"UID", b"UID")] * self.by_uid + items
-        items += [Item(b"MODSEQ", b"MODSEQ")] * (since >= 0)
-        if any(item.kind == b"MODSEQ" for item in items):
+    def fetch(self, view: View, ranges: bytes, wanted: tuple[list[Item], bool, int]) -> Step:
+        items, see, since = wanted
+        uids, there = view.pick(ranges, self.by_uid), 0
+        items = [(b"UID", ITEMS[b"UID"])] * self.by_uid + items
+        items += [(b"MODSEQ", ITEMS[b"MODSEQ"])] * (since >= 0)
+        if b"MODSEQ" in dict(items):
             yield from self.use_condstore()
         see = not view.readonly and any(item.seen for item in items)
         recall = any(item.kind in PARSED for item in items)
@@ -4617,11 +4518,11 @@ class ImapSession(CommandSession):
             elif item.kind == b"[]":
                 message.message  # noqa: B018
         text, gap = b"* %d FETCH" % message.number, b" ("
-        for item in items:
-            if item.kind not in INDEXED:
+        for label, value in items:
+            if label not in INDEXED:
                 yield text
                 text = b""
-            text += gap + message.value(item)
+            text += gap + label + b" " + value(message)
             gap = b" "
         yield text + b")\r\n"
 
@@ -4815,7 +4716,7 @@ def make_demo(config: Config) -> list[str]:
 def make_password(scheme: str) -> None:
     password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
     try:
-        print(encode_password(scheme, password))
+        print(encode_password(scheme.upper(), password))
     except ValueError as error:
         raise Failure(64, error) from None
 

@@ -2028,6 +2028,7 @@ TRANSCRIPT = [
     ("FETCH 2 BODY.PEEK[]<0.6>", [r'BODY\[\]<0> (\{6\}\r\nFrom: |"From: ")\)']),
     ("FETCH 2 BODY.PEEK[HEADER.FIELDS (Date)]", [r"(?s)\}\r\nDate: Tue, 8 Feb.*\r\n\r\n\)$"]),
     ("FETCH 2 BODY.PEEK[HEADER.FIELDS.NOT (Date)]", [r"(?s)Subject", r"~Date: "]),
+    ("FETCH 2 BODY.PEEK[HEADER.FIELDS (X {4+}\r\nDate)]", [r"FIELDS \(X DATE\)\] \{\d+\}\r\nDate: "]),
     ("FETCH 2 BODY.PEEK[TEXT]", [r"(?s)\}\r\n--xx\r\n.*--xx--"]),
     ("FETCH 2 RFC822.HEADER", [r"(?s)RFC822.HEADER \{\d+\}\r\nFrom: "]),
     ("FETCH 2 FLAGS", [r"~Seen"]),
@@ -2045,6 +2046,8 @@ TRANSCRIPT = [
     ('SEARCH FROM "dora"', [r"^\* SEARCH 2$"]),
     ("SEARCH OR SUBJECT one BODY three", [r"^\* SEARCH 1 3$"]),
     ("SEARCH NOT (SEEN) 1:*", [r"^\* SEARCH 2$"]),
+    ("SEARCH 99,3,1:1,3:2", [r"^\* SEARCH 1 2 3$"]),
+    ("SEARCH " + "NOT " * 240 + "SEEN", [r"^\* SEARCH 1 3$"]),
     ("SEARCH SENTSINCE 8-Feb-1994 SENTBEFORE 9-Feb-1994", [r"^\* SEARCH 2$"]),
     ("SEARCH LARGER 100000", [r"^\* SEARCH$"]),
     ("UID SEARCH UID 2:*", [r"^\* SEARCH 2 3$"]),
@@ -2455,7 +2458,7 @@ BAD_COMMANDS = [
     'SELECT "INBOX', "SELECT INBOX extra", "STATUS INBOX", "STATUS INBOX ()", "STATUS INBOX (X)",
     "SEARCH", "SEARCH NONSENSE", "SEARCH (", "SEARCH SINCE 99-Foo-2000", "COPY 1", "APPEND INBOX",
     "UID FROB", "UID", "AUTHENTICATE PLAIN x", "FETCH 4294967296 FLAGS", "FETCH 1:2:3 FLAGS",
-    "SEARCH " + "(" * 4000, "FETCH 1 " + "(" * 4000, "FETCH 1 BODY[" + "1." * 4000 + "1",
+    "SEARCH " + "(" * 4000, "SEARCH " + "NOT " * 300 + "ALL", "FETCH 1 " + "(" * 4000, "FETCH 1 BODY[" + "1." * 4000 + "1",
     "STORE 1 FLAGS (\\Nonsense(", "LIST", 'LIST "" {3', "FETCH " + "9" * 5000 + " FLAGS",
 ]  # fmt: skip
 
