@@ -15,7 +15,7 @@ change by one primitive, the hand-over of part 4.
 
 The life of a session:
  1. The master has opened the listeners and forked the processes (7, Master).
- 2. imap-login accepts (5, Service.accept_client) and greets (10, LoginSession).
+ 2. imap-login accepts (5, Service.accept_client) and greets (10, ImapSession).
  3. LOGIN: imap-login asks auth (10, AuthSession), which checks the password and answers with the
     session's state, sealed for this very connection (4, seal).
  4. Descriptor and record go to imap (4, Mover; 5, Service.arriving), which says "OK Logged in".
@@ -2916,9 +2916,9 @@ class Index:
     def exists(self, name: str) -> bool:
         return os.path.isdir(self.folder(name) + b"/cur")
 
-    def must_exist(self, name: str) -> None:
+    def must_exist(self, name: str, code: str = "NONEXISTENT") -> None:
         if not self.exists(name):
-            raise MailError("NONEXISTENT", f"Mailbox doesn't exist: {name}")
+            raise MailError(code, f"Mailbox doesn't exist: {name}")
 
     def names(self) -> list[str]:
         """All mailboxes that have a folder."""
@@ -2935,9 +2935,9 @@ class Index:
             raise MailError("NONEXISTENT", "Mailbox was deleted")
         return Mailbox(*row)
 
-    def by_name(self, name: str) -> Mailbox:
+    def by_name(self, name: str, missing: str = "NONEXISTENT") -> Mailbox:
         """The row of a folder that exists, made if need be."""
-        self.must_exist(name)
+        self.must_exist(name, missing)
         query = "SELECT * FROM mailbox WHERE name = ?"
         if not (row := self.db.execute(query, (name,)).fetchone()):
             with self.transaction():
@@ -2946,14 +2946,20 @@ class Index:
             return self.by_name(name)
         return Mailbox(*row)
 
-    def create_folder(self, name: str) -> Mailbox:
-        with self.transaction():
-            if self.exists(name):
-                raise MailError("ALREADYEXISTS", "Mailbox already exists")
-            self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))  # others took its folder
-            make_home(os.fsdecode(self.folder(name)))
-            open(self.folder(name) + b"/maildirfolder", "ab").close()  # Maildir++: no home
-        return self.by_name(name)
+    def create_folder(self, name: str) -> None:
+        name = name.removesuffix(".")
+        made = self.home + b"/tmp/" + unique_name()
+        try:
+            make_home(os.fsdecode(made))
+            open(made + b"/maildirfolder", "ab").close()  # Maildir++: no home
+            with self.transaction():
+                if self.exists(name):
+                    raise MailError("ALREADYEXISTS", "Mailbox already exists")
+                query = "DELETE FROM mailbox WHERE name = ?"
+                self.db.execute(query, (name,))  # others took its folder
+            os.rename(made, self.folder(name))  # whole or not at all
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
 
     def delete_folder(self, name: str) -> None:
         if name == "INBOX":
@@ -2974,7 +2980,8 @@ class Index:
         if new.startswith(old + ".") or any(self.exists(name) for name in targets):
             raise MailError("ALREADYEXISTS", "Mailbox already exists, or would be below itself")
         if old == "INBOX":
-            source, target = self.refresh(self.by_name(old))[0], self.create_folder(new)
+            self.create_folder(new)
+            source, target = self.refresh(self.by_name(old))[0], self.by_name(new)
             self.copy(source, [row.uid for row in self.rows(source.id)], target, move=True)
             return
         with self.transaction():
@@ -2994,6 +3001,8 @@ class Index:
 
     def subscribe(self, name: str, wanted: bool) -> None:
         path = self.home + b"/subscriptions"
+        if wanted:
+            self.must_exist(name)
         with self.transaction():  # for its lock
             names = sorted({*self.subscriptions(), name} - (set() if wanted else {name}))
             with open(path + b".tmp", "w", encoding="ascii", errors="ignore") as file:
@@ -3616,11 +3625,12 @@ class Message:
 # ------------------------------------------------------------------------------------------------
 
 CAPABILITY = "IMAP4rev1 LITERAL+ SASL-IR ID ENABLE IDLE"
+AFTER_LOGIN = " NAMESPACE CHILDREN UNSELECT UIDPLUS MOVE CONDSTORE"
 SYSTEM_FLAGS = "\\Answered \\Flagged \\Deleted \\Seen \\Draft"
 LOGIN_INPUT = 8 * 1024  # bytes of a command with its literals before log-in
-BAD_LIMIT = 20  # bad commands in a row until BYE; before log-in 3
+BAD_LIMIT = 3  # bad commands in a row before log-in until BYE
 NESTING = 100  # levels of a SEARCH; Python's limit of 1000 calls would allow 330
-BATCH, BATCH_READ = 500, 25  # messages at a time: by the index alone; reading their files
+BATCH = 100  # messages at a time in one transaction; set \Seen before they are sent
 STAR = 10**10  # "*" in a sequence set: above every number that SET takes
 
 ATOM = re.compile(rb'[^\x00-\x20\x7f-\xff(){%*"\\\]]+')
@@ -3636,8 +3646,18 @@ SECTION = re.compile(
 TAG = re.compile(rb"[!#$&',\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]{1,64}")
 SLEEPER_INPUT = re.compile(rb"(DONE\r?\n)?(?:(%b) IDLE\r?\n)?" % TAG.pattern, re.I)
 
+APPEND = re.compile(rb"(?i)%b APPEND (?!\{\d+\+?\}\r?\n\Z)" % TAG.pattern)  # the message comes next
+STATUS = {  # each item in SQL, of mailbox LEFT JOIN message
+    "MESSAGES": "count(uid)", "RECENT": "count(uid) FILTER (WHERE uid >= recent)",
+    "UNSEEN": "count(uid) FILTER (WHERE flags NOT LIKE '%S%')", "UIDNEXT": "uidnext",
+    "UIDVALIDITY": "uidvalidity", "HIGHESTMODSEQ": "mailbox.modseq"}
+# What makes a session one that knows MODSEQs. A mailbox of that name does so too: no harm.
+CONDSTORE = re.compile(
+    rb"(?i)(?:[ (]|\A)(?:CONDSTORE|(?:HIGHEST)?MODSEQ|(?:UN)?CHANGEDSINCE \d+)(?:[ )]|\Z)")
+
 Ranges = list[tuple[int, int]]
-Step = Generator["bytes | Ask | Pause | Move", Any, str]
+Step = Generator["bytes | Ask | Pause | Move | None", Any, Any]
+FAULTS = MailError, OSError, sqlite3.Error  # what is answered by NO
 
 # The auth service: one request for each log-in, answered with a ticket sealed for that client's
 # socket. Who asks faces the world and may be taken over, so no request is trusted, and a refusal
@@ -3755,6 +3775,9 @@ class Item(NamedTuple):
     seen: bool = False
 
 
+UID, FLAGS, MODSEQ = (Item(name, name) for name in (b"UID", b"FLAGS", b"MODSEQ"))
+
+
 class Key(NamedTuple):
     """A SEARCH key. Cost: 0 the index tells, 1 the file's status, 2 the message, 3 all its text."""
 
@@ -3864,8 +3887,8 @@ class Parser:
         found = self.must(rb"(?i)(?:\(UNCHANGEDSINCE (\d{1,18})\) )?([+-]?)FLAGS(\.SILENT)? ")
         return found[2].decode(), bool(found[3]), int(found[1] or 2**63), *self.flags()
 
-    def append(self) -> tuple[str, str, list[str], float | None, int]:
-        """All that comes before APPEND's message, and where that begins."""
+    def append(self) -> tuple[str, str, list[str], float | None]:
+        """All that comes before APPEND's message."""
         name, when, flags, keywords = self.mailbox(), None, "", list[str]()
         self.need(b" ")
         if self.sees(b"("):
@@ -3874,7 +3897,8 @@ class Parser:
         if self.sees(b'"'):
             when = self.time("%d-%b-%Y %H:%M:%S %z").timestamp()
             self.need(b" ")
-        return name, flags, keywords, when, self.must(LITERAL).start()
+        self.must(LITERAL)
+        return name, flags, keywords, when
 
     def fetch(self) -> tuple[list[Item], int]:
         if macro := self.may(rb"(?i)(ALL|FAST|FULL)(?= |$)"):
@@ -4030,11 +4054,12 @@ class View:
             return False
         return times == (self.new, self.cur)
 
-    def look(self, expunges: bool, describe: Callable[[Any, int, bool], str]) -> list[str]:
-        """The untagged lines that bring the client up to date. Without `expunges` (RFC 3501
-        7.4.1) the dead stay in the view, and new messages then wait for them too."""
+    def look(self, expunges: bool) -> tuple[list[str], Iterable[Candidate]]:
+        """The untagged lines that bring the client up to date, and the messages whose flags have
+        changed. Without `expunges` (RFC 3501 7.4.1) the dead stay in the view, and new messages
+        then wait for them too."""
         if self.quiet():
-            return []
+            return [], ()
         index = self.index
         claimed, times = index.refresh(self.box(), not self.readonly, thorough=expunges)
         self.claim(claimed)
@@ -4043,22 +4068,20 @@ class View:
             since = "WHERE box = ? AND modseq > ? AND uid < ? ORDER BY uid"
             rows = self.query(f"SELECT uid FROM expunged {since}", self.expunged, self.uidnext)
             dead = [row[0] for row in rows]
-            query = f"SELECT uid, flags, keywords, modseq FROM message {since}"
-            changed = self.query(query, self.modseq, self.uidnext)
+            changed = self.query(f"SELECT * FROM message {since}", self.modseq, self.uidnext)
             query = "SELECT uid FROM message WHERE box = ? AND uid >= ? ORDER BY uid"
             fresh = [row[0] for row in self.query(query, self.uidnext)]
             if dead or fresh or changed:
                 self.uids  # noqa: B018  made now, of this moment
         words = box.keywords.split()
         lines = [self.flag_lines(words)] if len(words) != self.keywords else []
-        lines += [describe(row, self.number(row[0]), self.is_recent(row[0])) for row in changed]
         self.name, self.modseq = box.name, box.modseq
         self.new, self.cur = UNSETTLED
         if expunges or not dead:
             lines += self.resize(dead, fresh) if dead or fresh or not self.uidnext else []
             self.uidnext, self.expunged = box.uidnext, box.modseq
             self.new, self.cur = times
-        return lines
+        return lines, (Candidate(self, box, MessageRow(*row), {}) for row in changed)
 
     def resize(self, dead: list[int], fresh: list[int]) -> list[str]:
         lines, recents = [], self.recents()
@@ -4229,45 +4252,67 @@ def compact_set(uids: Sequence[int]) -> str:
     return ",".join(":".join(map(str, run)) for run in runs)
 
 
-class Command(NamedTuple):
-    """The method returns, or yields and then returns, a response code for the OK, or None."""
+ANY = ("before log-in", "without a mailbox", "with a mailbox")  # RFC 3501 section 3
+BEFORE, AFTER, SELECTED = ANY[:1], ANY[1:], ANY[2:]
+NAMED, SOME = (Parser.mailbox,), (Parser.sequence,)
 
-    method: Callable[..., Any]
+
+class Command(NamedTuple):
+    """The method returns a response code for the OK, or what is to be sent before that."""
+
+    states: tuple[str, ...]
+    method: Callable[..., Any]  # if for SELECTED only, it gets the view first
     arguments: tuple[Callable[[Parser], Any], ...] = ()  # each after a space
-    selected: bool = False  # needs a mailbox; the method gets the view first
     tells: bool | None = None  # what is new: nothing, all but EXPUNGE (False), or all
 
 
-FAULTS = MailError, OSError, sqlite3.Error  # what is answered by NO
-ONE_NAME, TWO_NAMES = (Parser.mailbox,), (Parser.mailbox, Parser.mailbox)
+class ImapSession(Session):
+    """Reads commands and runs them by the table at its end, from the greeting to LOGOUT.
 
+    All of it is one coroutine, `work`: where that yields None it waits for input. Between two
+    commands it has no state of its own, so it begins anew wherever the session goes. What comes
+    right after a log-in stays in `buffer`, which the engine carries along to the imap process.
+    """
 
-class CommandSession(Session):
-    """Cuts commands and their literals off the input and runs them by a table."""
-
-    commands: dict[str, Command] = {}
-    bad_limit = BAD_LIMIT
-    line_limit = LOGIN_INPUT
+    input_limit = LOGIN_INPUT + 1  # a command that fills it is too long
+    watch_dirs = ("new", "cur")
     tag_syntax = re.compile(TAG.pattern.decode())
-    command = b""  # the command so far
-    literal = 0  # bytes of its literal that are still to come
-    upload: Delivery | None = None  # where they go if they are APPEND's message
-    fault: Exception | None = None  # why they are skipped: the answer of the command
-    bad = 0  # bad commands in a row
-    running = "*"  # tag of the command that is executed
-    by_uid = False
-    asked = ""  # tag of the command that waits for the next line: see continued()
+    still_here = b"* OK Still here\r\n"
     view: View | None = None
+    condstore = False
+    running = ""  # tag of the command that is read or executed
+    by_uid = False
+    literal = -1  # bytes of a literal that are still to come; -1: none does
+    waits = False  # the client, for our "+", before it sends them
+    seen = 0  # this much input was not enough to go on
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = set[int]()  # MODSEQs of changes that the client made and knows
+        self.work = self.life()
 
     @property
     def index(self) -> Index:
         return Index.at(self.home)
 
     def movable(self) -> bool:
-        return not (self.command or self.asked)
+        return not self.running
+
+    def freeze(self) -> list[Any]:
+        return [self.condstore, *(list(vars(self.view).values())[1:-1] if self.view else [])]
+
+    def thaw(self, state: list[Any]) -> None:
+        if len(state) not in (0, 1, 12):
+            raise ValueError("not an IMAP session")
+        self.input_limit = int(self.config.max_line_length) + 1
+        self.condstore = bool(state and state[0])
+        self.view = View(self.home, *state[1:]) if state[1:] else None
+
+    def watch(self) -> tuple[str, tuple[int, ...]] | None:
+        return (self.view.folder(), (self.view.new, self.view.cur)) if self.view else None
 
     def closed(self) -> None:
-        self.drop_upload()
+        self.work.close()
 
     @classmethod
     def farewell(cls, reason: str) -> bytes:
@@ -4277,93 +4322,56 @@ class CommandSession(Session):
         self.ended = reason
         return self.farewell(reason)
 
-    def say(self, text: str) -> bytes:
-        return f"{self.running} {text}\r\n".encode()
+    @classmethod
+    def peeked(cls, tag: str, data: bytes) -> tuple[bytes, int, str] | None:
+        found = SLEEPER_INPUT.fullmatch(data)
+        if not data or not found or bool(found[1]) != bool(tag):
+            return None
+        answer = f"{tag} OK Idle completed.\r\n".encode() if tag else b""
+        again = b"+ idling\r\n" if found[2] else b""
+        return answer + again, len(data), (found[2] or b"").decode()
+
+    def capability(self) -> str:
+        return CAPABILITY + (AFTER_LOGIN if self.user else " AUTH=PLAIN")
+
+    def opened(self) -> Reply:
+        yield f"* OK [CAPABILITY {self.capability()}] hibernate.py ready.\r\n".encode()
+
+    def arrived(self, answer: str) -> Reply:
+        if answer:
+            yield f"{answer} OK [CAPABILITY {self.capability()}] Logged in\r\n".encode()
+
+    # Commands are read, executed, answered
 
     def step(self) -> Reply | None:
-        self.running = "*"
-        if self.literal and not self.take_literal():
-            return None
-        end = self.buffer.find(b"\n") + 1
-        if len(self.command) + (end or len(self.buffer)) > self.line_limit:
-            return self.too_long()
-        if not end:
-            return None
-        start, line = len(self.command), self.command + self.buffer[:end]
-        self.command = b""
-        del self.buffer[:end]
-        if self.asked or self.tag:
-            return self.run(self.continued(line.strip(b"\r\n")))
-        if found := LITERAL.search(line, start):
-            return self.run(self.literal_begins(line, found))
-        return self.run(self.execute(line[: -2 if line.endswith(b"\r\n") else -1]))
+        return self.resume() if len(self.buffer) > self.seen else None
 
-    def take_literal(self) -> bool:
-        data = bytes(self.buffer[: self.literal])
-        del self.buffer[: len(data)]
-        self.literal -= len(data)
-        try:
-            if self.upload and not self.fault:
-                self.upload.write(data)
-            elif not self.fault:
-                self.command += data
-        except OSError as error:
-            self.fault = error
-        return not self.literal
+    def resume(self) -> Reply:
+        answer = None
+        while (item := self.work.send(answer)) is not None:
+            answer = yield item
+        self.seen = len(self.buffer)
 
-    def drop_upload(self) -> None:
-        if self.upload:
-            self.upload.drop()
-        self.upload = self.fault = None
-
-    def too_long(self) -> Reply:
-        self.buffer.clear()
-        yield b"* BAD Command line too long.\r\n" + self.bye("Command line too long")
-
-    def literal_begins(self, line: bytes, found: re.Match[bytes]) -> Step:
-        """It may be refused before it is sent, unless the client doesn't wait (RFC 7888)."""
-        size, waits = int(found[1]), not found[2]
-        if tag := TAG.match(line):
-            self.running = tag[0].decode()
-        try:
-            if self.upload or self.fault:
-                raise self.fault or BadCommand("Invalid arguments")
-            self.upload = self.upload_for(line, found.start(), size)
-            if not self.upload and len(line) + size > self.line_limit:
-                raise BadCommand("[TOOBIG] Literal too long")
-        except (BadCommand, *FAULTS) as error:
-            if waits:
-                raise
-            self.fault = error
-        self.command, self.literal = line, size
-        if waits:
-            yield b"+ OK\r\n"
-        return ""
-
-    def upload_for(self, line: bytes, start: int, size: int) -> Delivery | None:
-        """Where a literal goes that is a message; None: it is an argument like others."""
-        return None
-
-    def continued(self, line: bytes) -> Step:
-        raise NotImplementedError
-
-    def run(self, work: Step) -> Reply:
-        """Whatever comes of a line, it is answered; "" says that more lines are to come."""
-        try:
-            if text := (yield from work):
-                text = f"OK {text}"
-        except BadCommand as error:
-            text = f"BAD {error}."
-        except FAULTS as error:
-            text = self.refusal(error)
-        if not text:
-            return
-        self.drop_upload()
-        self.bad = self.bad + 1 if text.startswith("BAD") else 0
-        if not self.ended:
-            yield self.say(text)
-        if self.bad >= self.bad_limit:
-            yield self.bye("Too many invalid commands")
+    def life(self) -> Step:
+        """One command after the other; whatever comes of it, it is answered."""
+        bad = 0
+        while not self.ended:
+            self.running = ""
+            try:
+                text = yield from self.command()
+            except BadCommand as error:
+                text = f"BAD {error}."
+            except FAULTS as error:
+                text = self.refusal(error)
+            while self.literal >= 0 and not self.waits:  # sent in spite of the error
+                yield from self.receive(len)
+                yield from self.line()
+            bad = bad + 1 if text.startswith("BAD") else 0
+            if text:
+                yield f"{self.running or '*'} {text}\r\n".encode()
+            if bad == BAD_LIMIT and not self.user:
+                yield self.bye("Too many invalid commands")
+        yield None
 
     def refusal(self, error: Exception) -> str:
         """The NO for what went wrong; the system's and our own faults are logged."""
@@ -4379,70 +4387,95 @@ class CommandSession(Session):
             return "NO [OVERQUOTA] Not enough disk space."
         return "NO [SERVERBUG] Internal error, it is in the server's log."
 
-    def execute(self, line: bytes) -> Step:
-        """One command; what its OK says."""
-        parser = Parser(line)
-        self.running = parser.must(TAG, "tag")[0].decode()
-        if self.fault:
-            raise self.fault
-        parser.need(b" ")
-        name = parser.atom()
-        self.by_uid = name == "UID" and parser.take(b" ")
-        name = parser.atom() if self.by_uid else name
-        if not (command := self.commands.get("UID " * self.by_uid + name)):
-            raise BadCommand(f"Unknown command {name}")
-        if command.selected and not self.view:
-            raise BadCommand("No mailbox selected")
-        arguments: list[Any] = [self.view] if command.selected else []
+    def line(self) -> Step:
+        """The next line; its end is left on if a literal follows."""
+        while not (end := self.buffer.find(b"\n") + 1):
+            if len(self.buffer) >= self.input_limit:
+                yield b"* BAD Command line too long.\r\n" + self.bye("Command line too long")
+            yield None
+        line = bytes(self.buffer[:end])
+        del self.buffer[:end]
+        found = LITERAL.search(line)
+        self.literal, self.waits = (int(found[1]), not found[2]) if found else (-1, False)
+        return line if found else line[:-1].removesuffix(b"\r")
+
+    def receive(self, write: Callable[[bytes], Any]) -> Step:
+        """The literal, in pieces as they come."""
+        if self.waits:
+            self.waits = False
+            yield b"+ OK\r\n"
+        while self.literal:
+            if not self.buffer:
+                yield None
+            data = bytes(self.buffer[: self.literal])
+            del self.buffer[: len(data)]
+            self.literal -= len(data)
+            write(data)
+
+    def command(self) -> Step:
+        """Read a command whole, but for APPEND's message, and execute it: what its answer says,
+        "" if that comes later."""
+        text = bytearray((yield from self.line()))
+        if self.tag:  # this ends IDLE
+            self.running, self.tag = self.tag, ""
+            yield from self.tell(True)
+            if text.strip().upper() != b"DONE":
+                raise BadCommand("Expected DONE")
+            return "OK Idle completed."
+        self.running = Parser(bytes(text)).must(TAG, "tag")[0].decode()
+        while self.literal >= 0 and not APPEND.match(text):
+            if len(text) + self.literal >= self.input_limit:
+                raise BadCommand("[TOOBIG] Literal too long")
+            yield from self.receive(text.extend)
+            text += yield from self.line()
+        return (yield from self.execute(Parser(bytes(text))))
+
+    def execute(self, parser: Parser) -> Step:
+        parser.need(self.running.encode() + b" ")
+        name = parser.must(rb"(?i)(UID )?[A-Z]+", "command")[0].decode().upper()
+        state = ANY[bool(self.user) + bool(self.view)]
+        command = self.commands.get(name)
+        if not command or state not in command.states:
+            raise BadCommand(f"Unknown command {state}: {name}")
+        self.by_uid = name.startswith("UID ")
+        values: list[Any] = [self.view] if command.states is SELECTED else []
         for argument in command.arguments:
             if argument not in (Parser.rest, Parser.condstore):  # which may be absent
                 parser.need(b" ")
-            arguments.append(argument(parser))
+            values.append(argument(parser))
         parser.end()
-        result = command.method(self, *arguments)
-        code = (yield from result) if isinstance(result, Generator) else result
+        if CONDSTORE.search(parser.text) and not self.condstore:
+            self.condstore = True  # from now on MODSEQs are told (RFC 7162 3.1)
+            if self.view:
+                yield f"* OK [HIGHESTMODSEQ {self.view.modseq}] Highest\r\n".encode()
+        code = command.method(self, *values) or ""
+        if not isinstance(code, str):
+            code = (yield from code) or ""
         if command.tells is not None:
             yield from self.tell(command.tells)
-        if self.asked or self.tag:
-            return ""
-        return " ".join(filter(None, (code, name.capitalize(), "completed.")))
+        return "" if self.tag else f"OK {code}{' ' if code else ''}{name.capitalize()} completed."
+
+    def stirred(self) -> Reply:
+        """Tell all; a folder that was changing that moment is looked at when it has settled."""
+        if self.view and (self.view.new, self.view.cur) == UNSETTLED:
+            yield Pause(0.025)
+        yield from self.tell(True)
 
     def tell(self, expunges: bool) -> Reply:
-        yield from ()
+        """What is new in the selected mailbox. A busy index is asked again next time."""
+        try:
+            lines, changed = self.view.look(expunges) if self.view else ([], ())
+            yield "".join(lines).encode()
+            for message in changed:
+                items = [MODSEQ] * self.condstore + [FLAGS] * (message.row.modseq not in self.own)
+                yield from self.fetched(message, [UID] * self.by_uid + items) if items else ()
+            self.own.clear()
+        except MailError as error:
+            yield self.bye(str(error))
+        except FAULTS as error:
+            self.refusal(error)
 
-    def capabilities(self) -> str:
-        after_login = " NAMESPACE CHILDREN UNSELECT UIDPLUS MOVE CONDSTORE"
-        return CAPABILITY + (after_login if self.user else " AUTH=PLAIN")
-
-    def capability(self) -> Reply:
-        yield f"* CAPABILITY {self.capabilities()}\r\n".encode()
-
-    def noop(self, view: View | None = None) -> None:
-        """Also CHECK: what is new is told in any case."""
-
-    def id(self, client: bytes) -> Reply:
-        yield b'* ID ("name" "hibernate.py")\r\n'
-
-    def logout(self) -> Reply:
-        yield self.bye("Logging out") + self.say("OK Logout completed.")
-
-    commands = {
-        "CAPABILITY": Command(capability),
-        "NOOP": Command(noop, tells=True),
-        "ID": Command(id, (Parser.rest,)),
-        "LOGOUT": Command(logout),
-    }
-
-
-class LoginSession(CommandSession):
-    """Before log-in. What comes right after the log-in command stays in `buffer`: the engine
-    carries it along to the imap process."""
-
-    input_limit = LOGIN_INPUT + 1
-    bad_limit = 3
-
-    def opened(self) -> Reply:
-        yield f"* OK [CAPABILITY {self.capabilities()}] hibernate.py ready.\r\n".encode()
+    # Log-in
 
     def login(self, user: bytes, password: bytes) -> Step:
         who = [text.decode("utf-8", "surrogateescape") for text in (user, password)]
@@ -4462,156 +4495,45 @@ class LoginSession(CommandSession):
     def authenticate(self, mechanism: str, initial: bytes) -> Step:
         if mechanism != "PLAIN":
             raise MailError("CANNOT", "Unsupported authentication mechanism")
-        if initial:
-            return (yield from self.plain(initial.strip(b" ")))
-        self.asked = self.running
-        yield b"+ \r\n"
-        return ""
-
-    def continued(self, line: bytes) -> Step:
-        self.running, self.asked = self.asked, ""
-        return (yield from self.plain(line))
-
-    def plain(self, line: bytes) -> Step:
+        if not initial:
+            yield b"+ \r\n"
+            initial = yield from self.line()
         try:
-            identity, user, password = base64.b64decode(line, validate=True).split(b"\0")
+            identity, user, password = base64.b64decode(initial.strip(), validate=True).split(b"\0")
         except ValueError:
             raise BadCommand("Authentication aborted") from None
         if identity not in (b"", user):
             raise MailError("AUTHORIZATIONFAILED", "Nobody logs in for others here")
         return (yield from self.login(user, password))
 
-    commands = CommandSession.commands | {
-        "LOGIN": Command(login, (Parser.astring, Parser.astring)),
-        "AUTHENTICATE": Command(authenticate, (Parser.atom, Parser.rest)),
-    }
-
-
-class ImapSession(CommandSession):
-    """After log-in."""
-
-    watch_dirs = ("new", "cur")
-    still_here = b"* OK Still here\r\n"
-    condstore = False
-
-    def arrived(self, answer: str) -> Reply:
-        if answer:
-            yield f"{answer} OK [CAPABILITY {self.capabilities()}] Logged in\r\n".encode()
-        elif self.tag:
-            yield from self.stirred()
-
-    def freeze(self) -> list[Any]:
-        return [self.condstore, *(list(vars(self.view).values())[1:-1] if self.view else [])]
-
-    def thaw(self, state: list[Any]) -> None:
-        self.line_limit = int(self.config.max_line_length)
-        self.input_limit = max(self.input_limit, self.line_limit + 1)
-        if len(state) not in (0, 1, 12):
-            raise ValueError("not an IMAP session")
-        self.own = set[int]()  # MODSEQs of changes that the client made and knows
-        self.condstore = bool(state and state[0])
-        self.view = View(self.home, *state[1:]) if state[1:] else None
-
-    def watch(self) -> tuple[str, tuple[int, ...]] | None:
-        return (self.view.folder(), (self.view.new, self.view.cur)) if self.view else None
-
-    @classmethod
-    def peeked(cls, tag: str, data: bytes) -> tuple[bytes, int, str] | None:
-        found = SLEEPER_INPUT.fullmatch(data)
-        if not data or not found or bool(found[1]) != bool(tag):
-            return None
-        answer = f"{tag} OK Idle completed.\r\n".encode() if tag else b""
-        again = b"+ idling\r\n" if found[2] else b""
-        return answer + again, len(data), (found[2] or b"").decode()
-
-    def stirred(self) -> Reply:
-        """Tell all; if the folder is changing this moment, again when its time has settled."""
-        yield from self.tell(True)
-        if self.view and (self.view.new, self.view.cur) == UNSETTLED and not self.ended:
-            yield Pause(0.025)
-            yield from self.tell(True)
-
-    def tell(self, expunges: bool) -> Reply:
-        """What is new in the selected mailbox. A busy index is asked again next time."""
-        try:
-            lines = self.view.look(expunges, self.describe) if self.view else []
-        except MailError as error:
-            yield self.bye(str(error))
-        except FAULTS as error:
-            self.refusal(error)
-        else:
-            self.own.clear()
-            yield from pieces("".join(lines).encode())
-
-    def describe(self, row: tuple[int, str, str, int], number: int, recent: bool) -> str:
-        """A FETCH line for changed flags; the client knows of what it has done itself."""
-        uid, flags, keywords, modseq = row
-        items = [f"UID {uid}"] if self.by_uid else []
-        items += [f"MODSEQ ({modseq})"] if self.condstore else []
-        if modseq not in self.own:
-            items.append("FLAGS " + flag_list(flags, keywords, recent))
-        elif not self.condstore:
-            return ""
-        return f"* {number} FETCH ({' '.join(items)})\r\n" if number else ""
-
-    def use_condstore(self) -> Reply:
-        """From now on MODSEQs are told (RFC 7162 3.1)."""
-        if self.view and not self.condstore:
-            yield f"* OK [HIGHESTMODSEQ {self.view.modseq}] Highest\r\n".encode()
-        self.condstore = True
-
-    def enable(self, names: bytes) -> Reply:
-        if b"CONDSTORE" in names.upper().split():
-            yield from self.use_condstore()
-            yield b"* ENABLED CONDSTORE\r\n"
-
-    def namespace(self) -> Reply:
-        yield b'* NAMESPACE (("" ".")) NIL NIL\r\n'
+    # Mailboxes
 
     def idle(self) -> Reply:
-        yield b"+ idling\r\n"
         self.tag = self.running
-        yield from self.stirred()
-
-    def continued(self, line: bytes) -> Step:
-        """The end of IDLE."""
-        self.running, self.tag = self.tag, ""
-        yield from self.tell(True)
-        if line.strip().upper() != b"DONE":
-            raise BadCommand("Expected DONE")
-        return "Idle completed."
-
-    # Mailboxes
+        yield b"+ idling\r\n"
 
     def select(self, name: str, condstore: bool, readonly: bool = False) -> Step:
         if self.view:
             self.view = None
             yield b"* OK [CLOSED] Previous mailbox closed.\r\n"
-        self.condstore |= condstore
         box = self.index.by_name(name)
         view = View(self.home, box.id, box.name, readonly, box.uidvalidity)
-        lines = view.look(True, self.describe)
+        lines, _ = view.look(True)
         self.view = view
         query = "SELECT min(uid) FROM message WHERE box = ? AND flags NOT LIKE '%S%'"
         if unseen := view.number(view.query(query)[0][0] or 0):
             lines.append(f"* OK [UNSEEN {unseen}] First unseen.\r\n")
-        lines.append(f"* OK [UIDVALIDITY {view.uidvalidity}] UIDs valid\r\n")
-        lines.append(f"* OK [UIDNEXT {view.uidnext}] Predicted next UID\r\n")
-        lines.append(f"* OK [HIGHESTMODSEQ {view.modseq}] Highest\r\n")
+        lines += [
+            f"* OK [UIDVALIDITY {view.uidvalidity}] UIDs valid\r\n",
+            f"* OK [UIDNEXT {view.uidnext}] Predicted next UID\r\n",
+            f"* OK [HIGHESTMODSEQ {view.modseq}] Highest\r\n"]
         yield "".join(lines).encode()
         return "[READ-ONLY]" if readonly else "[READ-WRITE]"
-
-    def create(self, name: str) -> None:
-        self.index.create_folder(name.removesuffix("."))
 
     def delete(self, name: str) -> None:
         self.index.delete_folder(name)
         if self.view and self.view.name == name:
             self.view = None
-
-    def subscribe(self, name: str) -> None:
-        self.index.must_exist(name)
-        self.index.subscribe(name, True)
 
     def list_names(self, reference: str, pattern: str, lsub: bool = False) -> Reply:
         """LIST and LSUB; there a parent that isn't subscribed itself shows only where "%" hides
@@ -4631,60 +4553,35 @@ class ImapSession(CommandSession):
 
     def status(self, name: str, items: list[str]) -> Reply:
         box = self.index.refresh(self.index.by_name(name))[0]
-        query = (
-            "SELECT count(*), ifnull(sum(uid >= ?), 0), ifnull(sum(flags NOT LIKE '%S%'), 0)"
-            " FROM message WHERE box = ?")
-        count, recent, unseen = self.index.db.execute(query, (box.recent, box.id)).fetchone()
-        if self.view and self.view.id == box.id and not self.view.readonly:
-            recent += self.view.recents()
-        values = {
-            "MESSAGES": count, "RECENT": recent, "UIDNEXT": box.uidnext, "UNSEEN": unseen,
-            "UIDVALIDITY": box.uidvalidity, "HIGHESTMODSEQ": box.modseq}
-        if unknown := set(items) - set(values):
-            raise BadCommand(f"Invalid status item {unknown.pop()}")
-        if "HIGHESTMODSEQ" in items:
-            yield from self.use_condstore()
-        text = " ".join(f"{item} {values[item]}" for item in items)
-        yield b"* STATUS %b (%b)\r\n" % (atom_or_quoted(box.name), text.encode())
+        if not STATUS.keys() >= {*items}:
+            raise BadCommand("Invalid STATUS item")
+        pairs = ", ".join(f"'{item}', {STATUS[item]}" for item in dict.fromkeys(items))
+        query = f"SELECT {pairs} FROM mailbox LEFT JOIN message ON box = id WHERE id = ?"
+        found = self.index.db.execute(query, (box.id,)).fetchone()
+        text = " ".join(map(str, found)).encode()
+        yield b"* STATUS %b (%b)\r\n" % (atom_or_quoted(box.name), text)
 
-    def target(self, name: str) -> Mailbox:
-        """Where to append or copy to; the client may create it and try again."""
-        if not self.index.exists(name):
-            raise MailError("TRYCREATE", f"Mailbox doesn't exist: {name}")
-        return self.index.by_name(name)
-
-    def upload_for(self, line: bytes, start: int, size: int) -> Delivery | None:
-        parser = Parser(line)
-        try:
-            parser.must(re.compile(TAG.pattern + rb" APPEND ", re.I))
-            name, *_, begins = parser.append()
-        except BadCommand:
-            return None
-        if begins != start:
-            return None
-        if not size:
-            raise MailError("CANNOT", "Can't save a message without a byte")
-        if size > self.config.mail_max_message_size:
+    def append(self, arguments: tuple[str, str, list[str], float | None]) -> Step:
+        name, flags, keywords, when = arguments
+        if self.literal > self.config.mail_max_message_size:
             raise MailError("TOOBIG", "Message is too large")
-        return Delivery(self.index.folder(self.target(name).name))
-
-    def append(self, arguments: tuple[str, str, list[str], float | None, int]) -> str:
-        name, flags, keywords, when, _ = arguments
-        if not self.upload:
-            raise BadCommand("Invalid arguments")
-        self.upload.finish(when)
-        box = self.target(name)
-        uid = self.index.append(box.id, self.upload, flags, keywords)
-        self.upload = None
+        upload = Delivery(self.index.folder(self.index.by_name(name, "TRYCREATE").name))
+        try:
+            yield from self.receive(upload.write)
+            if (yield from self.line()):
+                raise BadCommand("Text after the message")
+            upload.finish(when)
+            box = self.index.by_name(name, "TRYCREATE")
+            uid = self.index.append(box.id, upload, flags, keywords)
+        finally:
+            upload.drop()
         return f"[APPENDUID {box.uidvalidity} {uid}]"
 
     # With a mailbox
 
-    def unselect(self, view: View) -> None:
-        self.view = None
-
-    def close(self, view: View) -> None:
-        self.expunge(view)
+    def close(self, view: View, expunge: bool = True) -> None:
+        if expunge:
+            self.expunge(view)
         self.view = None
 
     def expunge(self, view: View, ranges: Ranges | None = None) -> None:
@@ -4695,23 +4592,17 @@ class ImapSession(CommandSession):
     def pick(self, view: View, ranges: Ranges) -> list[int]:
         """The UIDs of a set, in order. A number that isn't there is an error, a UID isn't."""
         uids, wanted = view.uids, set[int]()
-        last = (uids[-1] if uids else 0) if self.by_uid else len(uids)
-        for low, high in bounds(ranges, last):
-            if self.by_uid:
-                first, stop = bisect.bisect_left(uids, low), bisect.bisect_right(uids, high)
-            elif 0 < low and high <= last:
-                first, stop = low - 1, high
-            else:
+        keys = uids if self.by_uid else range(1, len(uids) + 1)
+        for low, high in bounds(ranges, keys[-1] if keys else 0):
+            if not (self.by_uid or 0 < low <= high <= len(uids)):
                 raise BadCommand("Invalid messageset")
-            wanted.update(uids[first:stop])
+            wanted.update(uids[bisect.bisect_left(keys, low) : bisect.bisect_right(keys, high)])
         return sorted(wanted)
 
     def walk(self, view: View, uids: Sequence[int], see: bool = False) -> Iterator[Candidate]:
-        """The messages that still exist, some looked up at a time; to `see` them sets \\Seen, of
-        few before they are sent."""
-        size = BATCH_READ if see else BATCH
-        for at in range(0, len(uids), size):
-            box, sizes, part = view.box(), dict[int, int](), uids[at : at + size]
+        """The messages that still exist, some looked up at a time; to `see` them sets \\Seen."""
+        for at in range(0, len(uids), BATCH):
+            box, sizes, part = view.box(), dict[int, int](), uids[at : at + BATCH]
             rows = view.index.picked(box.id, part)
             unseen = [row.uid for row in rows if see and "S" not in row.flags]
             if unseen:
@@ -4727,35 +4618,30 @@ class ImapSession(CommandSession):
             return ""
         if move and view.readonly:
             raise MailError("READ-ONLY", "Mailbox is read-only")
-        target = self.target(name)
+        target = self.index.by_name(name, "TRYCREATE")
         old, new = zip(*view.index.copy(view.box(), uids, target, move))
         code = f"[COPYUID {target.uidvalidity} {compact_set(old)} {compact_set(new)}]"
-        if not move:
-            return code
-        yield f"* OK {code} Moved UIDs.\r\n".encode()
-        return ""
+        if move:
+            yield f"* OK {code} Moved UIDs.\r\n".encode()
+        return "" if move else code
 
     def store(self, view: View, ranges: Ranges, change: tuple[Any, ...]) -> Step:
         how, silent, since, flags, keywords = change
         uids, refused = self.pick(view, ranges), list[int]()
         if view.readonly:
             raise MailError("READ-ONLY", "Mailbox is read-only")
-        if since < 2**63:
-            yield from self.use_condstore()
         if silent:  # what others changed before would be hidden with our own change
             yield from self.tell(False)
         for at in range(0, len(uids), BATCH):
             part = uids[at : at + BATCH]
             modseq, left = view.index.store(view.box().id, part, how, flags, keywords, since)
-            refused += left if self.by_uid else [view.number(uid) for uid in left]
+            refused += left if self.by_uid else map(view.number, left)
             self.own.update([modseq] * silent)
             yield b""
         return f"[MODIFIED {compact_set(refused)}]" if refused else ""
 
     def search(self, view: View, wanted: tuple[Key, bool]) -> Reply:
         key, modseqs = wanted
-        if modseqs:
-            yield from self.use_condstore()
         found, highest = [""], 0
         for message in self.walk(view, view.uids):
             with contextlib.suppress(Vanished):
@@ -4769,71 +4655,67 @@ class ImapSession(CommandSession):
     def fetch(self, view: View, ranges: Ranges, wanted: tuple[list[Item], int]) -> Step:
         items, since = wanted
         uids, there = self.pick(view, ranges), 0
-        items = [Item(b"UID", b"UID")] * self.by_uid + items
-        items += [Item(b"MODSEQ", b"MODSEQ")] * (since >= 0)
-        if any(item.kind == b"MODSEQ" for item in items):
-            yield from self.use_condstore()
+        items = [UID] * self.by_uid + items + [MODSEQ] * (since >= 0)
         see = not view.readonly and any(item.seen for item in items)
-        chunk = b""  # small answers travel together, but none waits for long
-        for count, message in enumerate(self.walk(view, uids, see), 1):
+        for message in self.walk(view, uids, see):
             with contextlib.suppress(Vanished):
-                for part in self.fetched(message, items) if message.row.modseq > since else ():
-                    chunk += part
-                    if len(chunk) > 16384:
-                        yield from pieces(chunk)
-                        chunk = b""
+                if message.row.modseq > since:
+                    seen = [FLAGS] * (message.row.modseq in self.own)  # just now
+                    yield from self.fetched(message, items + seen)
                 there += 1
-            if count % 100 == 0:  # the worker's other sessions have a turn
-                yield chunk
-                chunk = b""
-        yield chunk
+            yield b""
         return "[EXPUNGEISSUED]" if there < len(uids) else ""
 
     def fetched(self, message: Candidate, items: list[Item]) -> Iterator[bytes]:
-        """The answer, first what the index knows, as Dovecot orders it. Nothing is yielded before
+        """An answer, first what the index knows, as Dovecot orders it. Nothing is yielded before
         the message is there for the rest, and never more than an item is in memory."""
-        if message.row.modseq in self.own:  # by walk(): tell the flags here
-            items = [*items, Item(b"FLAGS", b"FLAGS")]
-        items = sorted(dict.fromkeys(items), key=lambda item: item.kind not in INDEXED)
-        if items[-1].kind not in INDEXED:
+        known = [message.value(item) for item in dict.fromkeys(items) if item.kind in INDEXED]
+        others = [item for item in dict.fromkeys(items) if item.kind not in INDEXED]
+        if others:
             message.message  # noqa: B018
-        text, gap = b"* %d FETCH" % message.number, b" ("
-        for item in items:
-            if item.kind not in INDEXED:
-                yield text
-                text = b""
-            text += gap + message.value(item)
-            gap = b" "
-        yield text + b")\r\n"
+        yield b"* %d FETCH (%b" % (message.number, b" ".join(known))
+        for number, item in enumerate(others, len(known)):
+            yield from pieces(b" "[:number] + message.value(item))
+        yield b")\r\n"
 
-    commands = CommandSession.commands | {
-        "ENABLE": Command(enable, (Parser.rest,)),
-        "NAMESPACE": Command(namespace),
-        "IDLE": Command(idle),
-        "SELECT": Command(select, (Parser.mailbox, Parser.condstore)),
-        "EXAMINE": Command(partial(select, readonly=True), (Parser.mailbox, Parser.condstore)),
-        "CREATE": Command(create, ONE_NAME),
-        "DELETE": Command(delete, ONE_NAME),
-        "RENAME": Command(lambda self, *names: self.index.rename_folder(*names), TWO_NAMES),
-        "SUBSCRIBE": Command(subscribe, ONE_NAME),
-        "UNSUBSCRIBE": Command(lambda self, name: self.index.subscribe(name, False), ONE_NAME),
-        "LIST": Command(list_names, (Parser.mailbox, Parser.pattern)),
-        "LSUB": Command(partial(list_names, lsub=True), (Parser.mailbox, Parser.pattern)),
-        "STATUS": Command(status, (Parser.mailbox, Parser.words), tells=True),
-        "APPEND": Command(append, (Parser.append,), tells=True),
-        "CHECK": Command(CommandSession.noop, (), True, True),
-        "CLOSE": Command(close, (), True),
-        "UNSELECT": Command(unselect, (), True),
-        "EXPUNGE": Command(expunge, (), True, True),
-        "UID EXPUNGE": Command(expunge, (Parser.sequence,), True, True),
-        "SEARCH": Command(search, (Parser.search,), True, False),
-        "FETCH": Command(fetch, (Parser.sequence, Parser.fetch), True, False),
-        "STORE": Command(store, (Parser.sequence, Parser.store), True, False),
-        "COPY": Command(copy, (Parser.sequence, Parser.mailbox), True, True),
-        "MOVE": Command(partial(copy, move=True), (Parser.sequence, Parser.mailbox), True, True),
+    commands = {
+        "CAPABILITY": Command(
+            ANY, lambda self: [f"* CAPABILITY {self.capability()}\r\n".encode()]),
+        "NOOP": Command(ANY, lambda self: None, tells=True),
+        "ID": Command(ANY, lambda self, _: [b'* ID ("name" "hibernate.py")\r\n'], (Parser.rest,)),
+        "LOGOUT": Command(ANY, lambda self: [self.bye("Logging out")]),
+        "LOGIN": Command(BEFORE, login, (Parser.astring, Parser.astring)),
+        "AUTHENTICATE": Command(BEFORE, authenticate, (Parser.atom, Parser.rest)),
+        "ENABLE": Command(AFTER, lambda self, names: [
+            b"* ENABLED CONDSTORE\r\n"] * bool(CONDSTORE.search(names)), (Parser.rest,)),
+        "NAMESPACE": Command(AFTER, lambda self: [b'* NAMESPACE (("" ".")) NIL NIL\r\n']),
+        "IDLE": Command(AFTER, idle),
+        "SELECT": Command(AFTER, select, (*NAMED, Parser.condstore)),
+        "EXAMINE": Command(AFTER, partial(select, readonly=True), (*NAMED, Parser.condstore)),
+        "CREATE": Command(AFTER, lambda self, name: self.index.create_folder(name), NAMED),
+        "DELETE": Command(AFTER, delete, NAMED),
+        "RENAME": Command(AFTER, lambda self, *names: self.index.rename_folder(*names), NAMED * 2),
+        "SUBSCRIBE": Command(AFTER, lambda self, name: self.index.subscribe(name, True), NAMED),
+        "UNSUBSCRIBE": Command(AFTER, lambda self, name: self.index.subscribe(name, False), NAMED),
+        "LIST": Command(AFTER, list_names, (*NAMED, Parser.pattern)),
+        "LSUB": Command(AFTER, partial(list_names, lsub=True), (*NAMED, Parser.pattern)),
+        "STATUS": Command(AFTER, status, (*NAMED, Parser.words), True),
+        "APPEND": Command(AFTER, append, (Parser.append,), True),
+        "CHECK": Command(SELECTED, lambda self, view: None, (), True),
+        "CLOSE": Command(SELECTED, close),
+        "UNSELECT": Command(SELECTED, partial(close, expunge=False)),
+        "EXPUNGE": Command(SELECTED, expunge, (), True),
+        "UID EXPUNGE": Command(SELECTED, expunge, SOME, True),
+        "SEARCH": Command(SELECTED, search, (Parser.search,), False),
+        "FETCH": Command(SELECTED, fetch, (*SOME, Parser.fetch), False),
+        "STORE": Command(SELECTED, store, (*SOME, Parser.store), False),
+        "COPY": Command(SELECTED, copy, SOME + NAMED, True),
+        "MOVE": Command(SELECTED, partial(copy, move=True), SOME + NAMED, True),
     }
     for name in ("SEARCH", "FETCH", "STORE", "COPY", "MOVE"):
         commands["UID " + name] = commands[name]._replace(tells=True)
+
+
 # ------------------------------------------------------------------------------------------------
 # 11  Command line
 #
@@ -4856,7 +4738,7 @@ PROGRAM = Program(
     "hibernate",
     roles=(
         Role(
-            "imap-login", LoginSession, ("1000", "4", "1", "60 s"), sheds=True, unit="pre-login",
+            "imap-login", ImapSession, ("1000", "4", "1", "60 s"), sheds=True, unit="pre-login",
             listener="imap", port=1143,
         ),
         Role("auth", AuthSession, ("1000", "2", "1", "60 s"), requests=True, trusted=True, unit=""),
