@@ -3630,7 +3630,7 @@ SYSTEM_FLAGS = "\\Answered \\Flagged \\Deleted \\Seen \\Draft"
 LOGIN_INPUT = 8 * 1024  # bytes of a command with its literals before log-in
 BAD_LIMIT = 3  # bad commands in a row before log-in until BYE
 NESTING = 100  # levels of a SEARCH; Python's limit of 1000 calls would allow 330
-BATCH = 100  # messages at a time in one transaction; set \Seen before they are sent
+BATCH, BATCH_READ = 500, 25  # messages at a time: by the index alone; reading their files
 STAR = 10**10  # "*" in a sequence set: above every number that SET takes
 
 ATOM = re.compile(rb'[^\x00-\x20\x7f-\xff(){%*"\\\]]+')
@@ -4600,9 +4600,11 @@ class ImapSession(Session):
         return sorted(wanted)
 
     def walk(self, view: View, uids: Sequence[int], see: bool = False) -> Iterator[Candidate]:
-        """The messages that still exist, some looked up at a time; to `see` them sets \\Seen."""
-        for at in range(0, len(uids), BATCH):
-            box, sizes, part = view.box(), dict[int, int](), uids[at : at + BATCH]
+        """The messages that still exist, some looked up at a time; to `see` them sets \\Seen, of
+        few before they are sent."""
+        size = BATCH_READ if see else BATCH
+        for at in range(0, len(uids), size):
+            box, sizes, part = view.box(), dict[int, int](), uids[at : at + size]
             rows = view.index.picked(box.id, part)
             unseen = [row.uid for row in rows if see and "S" not in row.flags]
             if unseen:
@@ -4659,11 +4661,10 @@ class ImapSession(Session):
         see = not view.readonly and any(item.seen for item in items)
         for message in self.walk(view, uids, see):
             with contextlib.suppress(Vanished):
-                if message.row.modseq > since:
-                    seen = [FLAGS] * (message.row.modseq in self.own)  # just now
-                    yield from self.fetched(message, items + seen)
+                seen = [FLAGS] * (message.row.modseq in self.own)  # just now
+                new = message.row.modseq > since
+                yield from self.fetched(message, items + seen) if new else [b""]
                 there += 1
-            yield b""
         return "[EXPUNGEISSUED]" if there < len(uids) else ""
 
     def fetched(self, message: Candidate, items: list[Item]) -> Iterator[bytes]:
@@ -4673,10 +4674,11 @@ class ImapSession(Session):
         others = [item for item in dict.fromkeys(items) if item.kind not in INDEXED]
         if others:
             message.message  # noqa: B018
-        yield b"* %d FETCH (%b" % (message.number, b" ".join(known))
+        text = b"* %d FETCH (%b" % (message.number, b" ".join(known))
         for number, item in enumerate(others, len(known)):
-            yield from pieces(b" "[:number] + message.value(item))
-        yield b")\r\n"
+            yield from pieces(text + b" "[:number] + message.value(item))
+            text = b""
+        yield text + b")\r\n"
 
     commands = {
         "CAPABILITY": Command(
