@@ -4036,6 +4036,16 @@ class View:
         at = bisect.bisect_left(self.uids, uid)
         return at + 1 if at < len(self.uids) and self.uids[at] == uid else 0
 
+    def pick(self, ranges: Ranges, by_uid: bool) -> list[int]:
+        """The UIDs of a set, in order. A number that isn't there is an error, a UID isn't."""
+        keys, wanted = self.uids if by_uid else range(1, len(self.uids) + 1), set[int]()
+        for low, high in bounds(ranges, keys[-1] if keys else 0):
+            if not (by_uid or 0 < low <= high <= len(self.uids)):
+                raise BadCommand("Invalid messageset")
+            first, stop = bisect.bisect_left(keys, low), bisect.bisect_right(keys, high)
+            wanted.update(self.uids[first:stop])
+        return sorted(wanted)
+
     def recents(self) -> int:
         at = [bisect.bisect_left(self.uids, uid) for uid in self.recent]
         return sum(at[1::2]) - sum(at[::2])
@@ -4545,10 +4555,9 @@ class ImapSession(Session):
             return
         for name in names if lsub and not pattern.endswith("%") else with_parents(names):
             if wildcard(reference + pattern, name):
-                flags = [b"\\Noselect"] * (name not in names)
-                if not lsub:
-                    children = any(each.startswith(name + ".") for each in names)
-                    flags.append(b"\\HasChildren" if children else b"\\HasNoChildren")
+                children = any(each.startswith(name + ".") for each in names)
+                flags = [b"\\HasChildren" if children else b"\\HasNoChildren"] * (not lsub)
+                flags = [b"\\Noselect"] * (name not in names) + flags
                 yield row % (command, b" ".join(flags), atom_or_quoted(name))
 
     def status(self, name: str, items: list[str]) -> Reply:
@@ -4557,9 +4566,8 @@ class ImapSession(Session):
             raise BadCommand("Invalid STATUS item")
         pairs = ", ".join(f"'{item}', {STATUS[item]}" for item in dict.fromkeys(items))
         query = f"SELECT {pairs} FROM mailbox LEFT JOIN message ON box = id WHERE id = ?"
-        found = self.index.db.execute(query, (box.id,)).fetchone()
-        text = " ".join(map(str, found)).encode()
-        yield b"* STATUS %b (%b)\r\n" % (atom_or_quoted(box.name), text)
+        text = " ".join(map(str, self.index.db.execute(query, (box.id,)).fetchone()))
+        yield b"* STATUS %b (%b)\r\n" % (atom_or_quoted(box.name), text.encode())
 
     def append(self, arguments: tuple[str, str, list[str], float | None]) -> Step:
         name, flags, keywords, when = arguments
@@ -4579,25 +4587,12 @@ class ImapSession(Session):
 
     # With a mailbox
 
-    def close(self, view: View, expunge: bool = True) -> None:
-        if expunge:
-            self.expunge(view)
-        self.view = None
-
-    def expunge(self, view: View, ranges: Ranges | None = None) -> None:
+    def expunge(self, view: View, ranges: Ranges | None = None, leave: bool = False) -> None:
         if not view.readonly:
-            uids = view.uids if ranges is None else self.pick(view, ranges)
+            uids = view.uids if ranges is None else view.pick(ranges, self.by_uid)
             view.index.expunge(view.box().id, uids, deleted_only=True)
-
-    def pick(self, view: View, ranges: Ranges) -> list[int]:
-        """The UIDs of a set, in order. A number that isn't there is an error, a UID isn't."""
-        uids, wanted = view.uids, set[int]()
-        keys = uids if self.by_uid else range(1, len(uids) + 1)
-        for low, high in bounds(ranges, keys[-1] if keys else 0):
-            if not (self.by_uid or 0 < low <= high <= len(uids)):
-                raise BadCommand("Invalid messageset")
-            wanted.update(uids[bisect.bisect_left(keys, low) : bisect.bisect_right(keys, high)])
-        return sorted(wanted)
+        if leave:
+            self.view = None
 
     def walk(self, view: View, uids: Sequence[int], see: bool = False) -> Iterator[Candidate]:
         """The messages that still exist, some looked up at a time; to `see` them sets \\Seen, of
@@ -4616,7 +4611,7 @@ class ImapSession(Session):
                 view.index.keep_sizes(box.id, sizes)
 
     def copy(self, view: View, ranges: Ranges, name: str, move: bool = False) -> Step:
-        if not (uids := self.pick(view, ranges)):
+        if not (uids := view.pick(ranges, self.by_uid)):
             return ""
         if move and view.readonly:
             raise MailError("READ-ONLY", "Mailbox is read-only")
@@ -4629,7 +4624,7 @@ class ImapSession(Session):
 
     def store(self, view: View, ranges: Ranges, change: tuple[Any, ...]) -> Step:
         how, silent, since, flags, keywords = change
-        uids, refused = self.pick(view, ranges), list[int]()
+        uids, refused = view.pick(ranges, self.by_uid), list[int]()
         if view.readonly:
             raise MailError("READ-ONLY", "Mailbox is read-only")
         if silent:  # what others changed before would be hidden with our own change
@@ -4656,7 +4651,7 @@ class ImapSession(Session):
 
     def fetch(self, view: View, ranges: Ranges, wanted: tuple[list[Item], int]) -> Step:
         items, since = wanted
-        uids, there = self.pick(view, ranges), 0
+        uids, there = view.pick(ranges, self.by_uid), 0
         items = [UID] * self.by_uid + items + [MODSEQ] * (since >= 0)
         see = not view.readonly and any(item.seen for item in items)
         for message in self.walk(view, uids, see):
@@ -4704,8 +4699,8 @@ class ImapSession(Session):
         "STATUS": Command(AFTER, status, (*NAMED, Parser.words), True),
         "APPEND": Command(AFTER, append, (Parser.append,), True),
         "CHECK": Command(SELECTED, lambda self, view: None, (), True),
-        "CLOSE": Command(SELECTED, close),
-        "UNSELECT": Command(SELECTED, partial(close, expunge=False)),
+        "CLOSE": Command(SELECTED, partial(expunge, leave=True)),
+        "UNSELECT": Command(SELECTED, lambda self, view: setattr(self, "view", None)),
         "EXPUNGE": Command(SELECTED, expunge, (), True),
         "UID EXPUNGE": Command(SELECTED, expunge, SOME, True),
         "SEARCH": Command(SELECTED, search, (Parser.search,), False),

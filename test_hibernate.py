@@ -1725,6 +1725,8 @@ def test_a_full_disk_is_a_clear_no_and_leaves_nothing_behind():
         with limited(worker, resource.RLIMIT_FSIZE, 0):  # not even the index can be written
             client.cmd("APPEND INBOX", "NO", literal=message("third"))
             client.cmd("STORE 1 +FLAGS (kept)", "NO")
+            made = client.cmd("CREATE Made", "OK|NO")[-1]
+        assert (" OK " in made) == (server.home("alice") / ".Made").exists()
         client.cmd("STORE 1 +FLAGS (kept)")
         assert "* 2 EXISTS" in client.cmd("SELECT INBOX")
 
