@@ -4441,14 +4441,14 @@ class ImapSession(Session):
         return (yield from self.execute(Parser(bytes(text))))
 
     def execute(self, parser: Parser) -> Step:
-        parser.need(self.running.encode() + b" ")
-        name = parser.must(rb"(?i)(UID )?[A-Z]+", "command")[0].decode().upper()
+        found = parser.must(rb"(?i)%b ((?:UID )?[A-Z]+)" % TAG.pattern, "command")
+        name = found[1].decode().upper()
         state = ANY[bool(self.user) + bool(self.view)]
         command = self.commands.get(name)
         if not command or state not in command.states:
             raise BadCommand(f"Unknown command {state}: {name}")
         self.by_uid = name.startswith("UID ")
-        values: list[Any] = [self.view] if command.states is SELECTED else []
+        values: list[Any] = [self.view] if command.states == SELECTED else []
         for argument in command.arguments:
             if argument not in (Parser.rest, Parser.condstore):  # which may be absent
                 parser.need(b" ")
