@@ -2747,7 +2747,7 @@ def make_home(home: str) -> None:
 
 class Delivery:
     """A message on its way into a folder: write() it to tmp/, then finish() and keep(), after
-    which it is on disk under its final name; or drop(). Stored lines end in LF, as mutt expects."""
+    which it is on disk under its final name; then close(). Lines end in LF, as mutt expects."""
 
     def __init__(self, folder: bytes) -> None:
         self.folder = folder
@@ -2776,7 +2776,7 @@ class Delivery:
         sync_directory(self.folder + b"/" + file[:3])
         return file
 
-    def drop(self) -> None:
+    def close(self) -> None:
         with contextlib.suppress(OSError):  # a full disk: close() tries to write what is left
             self.file.close()
         with contextlib.suppress(FileNotFoundError):
@@ -2786,13 +2786,10 @@ class Delivery:
 def deliver(home: str, source: BinaryIO) -> None:
     """Put a message into the INBOX, as a delivery agent does; OSError if that can't be done."""
     make_home(home)
-    delivery = Delivery(os.fsencode(home))
-    try:
+    with contextlib.closing(Delivery(os.fsencode(home))) as delivery:
         shutil.copyfileobj(source, delivery)
         delivery.finish()
         delivery.keep()
-    finally:
-        delivery.drop()
 
 
 def check_name(name: str) -> str:
@@ -4573,16 +4570,14 @@ class ImapSession(Session):
         name, flags, keywords, when = arguments
         if self.literal > self.config.mail_max_message_size:
             raise MailError("TOOBIG", "Message is too large")
-        upload = Delivery(self.index.folder(self.index.by_name(name, "TRYCREATE").name))
-        try:
+        folder = self.index.folder(self.index.by_name(name, "TRYCREATE").name)
+        with contextlib.closing(Delivery(folder)) as upload:
             yield from self.receive(upload.write)
             if (yield from self.line()):
                 raise BadCommand("Text after the message")
             upload.finish(when)
             box = self.index.by_name(name, "TRYCREATE")
             uid = self.index.append(box.id, upload, flags, keywords)
-        finally:
-            upload.drop()
         return f"[APPENDUID {box.uidvalidity} {uid}]"
 
     # With a mailbox

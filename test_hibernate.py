@@ -2017,6 +2017,14 @@ def test_append_keeps_bytes_flags_and_date(server, user):
         client.cmd("APPEND Nowhere {3+}\r\nabc", r"NO \[TRYCREATE\]")
 
 
+@table("text", ["APPEND Nowhere", "APPEND INBOX {1+}\r\nx", "APPEND INBOX (\\Wrong)", "FROB",
+                "FETCH 1", "SELECT {0+}\r\nx", "APPEND {5+}\r\nINBOX x"])
+def test_a_literal_that_comes_with_a_refused_command_is_never_executed(server, user, text):
+    with Imap(server, user) as client:
+        client.cmd(f"{text} {{12+}}\r\nz CREATE Z\r\n", "NO|BAD")
+        assert client.cmd('LIST "" Z')[:-1] == [] == client.cmd("NOOP")[:-1]
+
+
 def test_uids_stay_and_uidvalidity_with_them_whatever_is_renamed(server, user):
     home = three_messages(server, user)
     with Imap(server, user) as client:
