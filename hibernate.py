@@ -4334,9 +4334,8 @@ class ImapSession(Session):
         found = SLEEPER_INPUT.fullmatch(data)
         if not data or not found or bool(found[1]) != bool(tag):
             return None
-        answer = f"{tag} OK Idle completed.\r\n".encode() if tag else b""
-        again = b"+ idling\r\n" if found[2] else b""
-        return answer + again, len(data), (found[2] or b"").decode()
+        answer = f"{tag} OK Idle completed.\r\n" * bool(tag) + "+ idling\r\n" * bool(found[2])
+        return answer.encode(), len(data), (found[2] or b"").decode()
 
     def capability(self) -> str:
         return CAPABILITY + (AFTER_LOGIN if self.user else " AUTH=PLAIN")
