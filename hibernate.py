@@ -4311,7 +4311,8 @@ class ImapSession(Session):
     def thaw(self, state: list[Any]) -> None:
         if len(state) not in (0, 1, 12):
             raise ValueError("not an IMAP session")
-        self.input_limit = int(self.config.max_line_length) + 1
+        if self.user:
+            self.input_limit = int(self.config.max_line_length) + 1
         self.condstore = bool(state and state[0])
         self.view = View(self.home, *state[1:]) if state[1:] else None
 

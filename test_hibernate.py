@@ -2365,6 +2365,12 @@ def test_too_long_lines_and_literals_are_bad_and_memory_stays_bounded():
             assert re.match(r"x (NO|BAD)", client.line())
             client.cmd("NOOP")
         assert sum(proc_bytes(pid, "Rss") for pid in pids) - before < 8 * 2**20
+        with Imap(server) as client:  # the limit before log-in outlives a reload
+            old = server.pids("imap-login")
+            server.run("reload")
+            eventually(lambda: not {*old} & {*server.pids("imap-login")})
+            client.send("x" * 9000)
+            assert re.match(r"\S+ (BAD|BYE)", client.line())
 
 
 def test_a_client_that_never_reads_costs_no_memory_and_harms_nobody():
