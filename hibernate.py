@@ -15,7 +15,7 @@ change by one primitive, the hand-over of part 4.
 
 The life of a session:
  1. The master has opened the listeners and forked the processes (7, Master).
- 2. imap-login accepts (5, Service.accept_client) and greets (10, LoginSession).
+ 2. imap-login accepts (5, Service.accept_client) and greets (10, ImapSession).
  3. LOGIN: imap-login asks auth (10, AuthSession), which checks the password and answers with the
     session's state, sealed for this very connection (4, seal).
  4. Descriptor and record go to imap (4, Mover; 5, Service.arriving), which says "OK Logged in".
@@ -1063,9 +1063,9 @@ class Client:
             self.close("client closed the connection")
         elif self.service.draining and self.session.movable():
             self.depart(self.service.role.name, self.session.config.orphan_timeout)
-        elif self.listen():
-            self.start(self.session.stirred())
         else:
+            if self.listen():  # not at once: what failed would fail again
+                self.loop.later(YOUNG / 1e9, self.look)
             self.clock()
 
     def listen(self) -> bool:
@@ -1089,10 +1089,13 @@ class Client:
             self.beat = None
 
     def stirred(self) -> None:
-        if self.listen() and not self.service.draining:
+        if self.phase is not Phase.CLOSED and self.listen() and not self.service.draining:
             self.stay()
-            if self.at_rest() and not self.session.ended:
-                self.start(self.session.stirred())
+            self.look()
+
+    def look(self) -> None:
+        if self.at_rest() and not self.session.ended:
+            self.start(self.session.stirred())
 
     def set_beat(self) -> None:
         session, interval = self.session, self.session.config.idle_notify_interval
@@ -3425,8 +3428,9 @@ class Message:
 # ------------------------------------------------------------------------------------------------
 
 CAPABILITY = "IMAP4rev1 LITERAL+ SASL-IR ID ENABLE IDLE"
+AFTER_LOGIN = " NAMESPACE CHILDREN UNSELECT UIDPLUS MOVE CONDSTORE"
 LOGIN_INPUT = 8 * 1024  # bytes of a command with its literals before log-in
-BAD_LIMIT = 20  # bad commands in a row until BYE; before log-in 3
+BAD_LIMIT = 3  # bad commands in a row before log-in until BYE
 KEYS = 250  # of one SEARCH; if each is in another, Python's limit of 1000 calls is near
 BATCH, BATCH_READ = 500, 25  # messages at a time: by the index alone; reading their files
 
@@ -3448,7 +3452,17 @@ ITEM = (
     rb"(?: (\(%b(?: %b)*\)))?\](?:<(\d{1,10})\.([1-9]\d{0,9})>)?|([A-Z0-9.]++)(?!\[))"
     % (ASTRING, ASTRING))
 
-Step = Generator["bytes | Ask | Pause | Move", Any, str]
+APPEND = re.compile(rb"(?i)%b APPEND (?!\{\d+\+?\}\r?\n\Z)" % TAG.pattern)  # the message comes next
+STATUS = {  # each item in SQL, of mailbox LEFT JOIN message
+    "MESSAGES": "count(uid)", "RECENT": "count(uid) FILTER (WHERE uid >= recent)",
+    "UNSEEN": "count(uid) FILTER (WHERE flags NOT LIKE '%S%')", "UIDNEXT": "uidnext",
+    "UIDVALIDITY": "uidvalidity", "HIGHESTMODSEQ": "mailbox.modseq"}
+# What makes a session one that knows MODSEQs. A mailbox of that name does so too: no harm.
+CONDSTORE = re.compile(
+    rb"(?i)(?:[ (]|\A)(?:CONDSTORE|(?:HIGHEST)?MODSEQ|(?:UN)?CHANGEDSINCE \d+)(?:[ )]|\Z)")
+
+Step = Generator["bytes | Ask | Pause | Move | None", Any, Any]
+FAULTS = MailError, OSError, sqlite3.Error  # what is answered by NO
 
 # The auth service: one request for each log-in, answered with a ticket sealed for that client's
 # socket. Who asks faces the world and may be taken over, so no request is trusted, and a refusal
@@ -3868,6 +3882,7 @@ ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {  # the first are those of F
     b"RFC822.HEADER": lambda m: m.literal(((), "HEADER", ())),
     b"RFC822.TEXT": lambda m: m.literal(((), "TEXT", ())),
 }
+UID, FLAGS, MODSEQ = ((name, ITEMS[name]) for name in (b"UID", b"FLAGS", b"MODSEQ"))
 PARSED: dict[bytes, Callable[[Message], bytes]] = {  # never change, and are kept in the index
     b"RFC822.SIZE": lambda m: b"%d" % m.size,
     b"ENVELOPE": Message.envelope,
@@ -3955,45 +3970,68 @@ def compact_set(uids: Sequence[int]) -> str:
     return ",".join(":".join(str(uid) for _, uid in run[:: len(run) - 1 or 1]) for run in ends)
 
 
-class Command(NamedTuple):
-    """The method returns, or yields and then returns, a response code for the OK, or None."""
+ANY = ("before log-in", "without a mailbox", "with a mailbox")  # RFC 3501 section 3
+BEFORE, AFTER, SELECTED = ANY[:1], ANY[1:], ANY[2:]
+NAMED, SOME = (Parser.mailbox,), (Parser.sequence,)
 
-    method: Callable[..., Any]
+
+class Command(NamedTuple):
+    """The method returns a response code for the OK, or what is to be sent before that."""
+
+    states: tuple[str, ...]
+    method: Callable[..., Any]  # if for SELECTED only, it gets the view first
     arguments: tuple[Callable[[Parser], Any], ...] = ()  # each after a space
-    selected: bool = False  # needs a mailbox; the method gets the view first
     tells: bool | None = None  # what is new: nothing, all but EXPUNGE (False), or all
 
 
-FAULTS = MailError, OSError, sqlite3.Error  # what is answered by NO
-ONE_NAME, TWO_NAMES = (Parser.mailbox,), (Parser.mailbox, Parser.mailbox)
+class ImapSession(Session):
+    """Reads commands and runs them by the table at its end, from the greeting to LOGOUT.
 
+    All of it is one coroutine, `work`: where that yields None it waits for input. Between two
+    commands it has no state of its own, so it begins anew wherever the session goes. What comes
+    right after a log-in stays in `buffer`, which the engine carries along to the imap process.
+    """
 
-class CommandSession(Session):
-    """Cuts commands and their literals off the input and runs them by a table."""
-
-    commands: dict[str, Command] = {}
-    bad_limit = BAD_LIMIT
-    line_limit = LOGIN_INPUT
+    input_limit = LOGIN_INPUT + 1  # a command that fills it is too long
+    watch_dirs = ("new", "cur")
     tag_syntax = re.compile(TAG.pattern.decode())
-    command = b""  # the command so far
-    literal = 0  # bytes of its literal that are still to come
-    upload: Delivery | None = None  # where they go if they are APPEND's message
-    fault: Exception | None = None  # why they are skipped: the answer of the command
-    bad = 0  # bad commands in a row
-    running = "*"  # tag of the command that is executed
-    by_uid = False
-    asked = ""  # tag of the command that waits for the next line: see continued()
+    still_here = b"* OK Still here\r\n"
     view: View | None = None
+    condstore = False
+    running = ""  # tag of the command that is read or executed
+    by_uid = False
+    literal = -1  # bytes of a literal that are still to come; -1: none does
+    waits = False  # the client, for our "+", before it sends them
+    seen = 0  # this much input was not enough to go on
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = set[int]()  # MODSEQs of changes that the client made and knows
+        self.work = self.life()
 
     @property
     def index(self) -> Index:
         return Index.at(self.home)
 
     def movable(self) -> bool:
-        return not (self.command or self.asked)
+        return not self.running
+
+    def freeze(self) -> list[Any]:
+        return [self.condstore, *(astuple(self.view)[1:] if self.view else [])]
+
+    def thaw(self, state: list[Any]) -> None:
+        if len(state) not in (0, 1, 12):
+            raise ValueError("not an IMAP session")
+        if self.user:
+            self.input_limit = int(self.config.max_line_length) + 1
+        self.condstore = bool(state and state[0])
+        self.view = View(self.home, *state[1:]) if state[1:] else None
+
+    def watch(self) -> tuple[str, tuple[int, ...]] | None:
+        return (self.view.folder(), (self.view.new, self.view.cur)) if self.view else None
 
     def closed(self) -> None:
-        self.drop_upload()
+        self.work.close()
 
     @classmethod
     def farewell(cls, reason: str) -> bytes:
@@ -4003,96 +4041,58 @@ class CommandSession(Session):
         self.ended = reason
         return self.farewell(reason)
 
-    def say(self, text: str) -> bytes:
-        return f"{self.running} {text}\r\n".encode()
+    @classmethod
+    def peeked(cls, tag: str, data: bytes) -> tuple[bytes, int, str] | None:
+        found = SLEEPER_INPUT.fullmatch(data)
+        if not data or not found or bool(found[1]) != bool(tag):
+            return None
+        answer = f"{tag} OK Idle completed.\r\n" * bool(tag) + "+ idling\r\n" * bool(found[2])
+        return answer.encode(), len(data), (found[2] or b"").decode()
+
+    def capability(self) -> str:
+        return CAPABILITY + (AFTER_LOGIN if self.user else " AUTH=PLAIN")
+
+    def opened(self) -> Reply:
+        yield f"* OK [CAPABILITY {self.capability()}] hibernate.py ready.\r\n".encode()
+
+    def arrived(self, answer: str) -> Reply:
+        if answer:
+            yield f"{answer} OK [CAPABILITY {self.capability()}] Logged in\r\n".encode()
+
+    # Commands are read, executed, answered
 
     def step(self) -> Reply | None:
-        self.running = "*"
-        if self.literal and not self.take_literal():
-            return None
-        end = self.buffer.find(b"\n") + 1
-        if len(self.command) + (end or len(self.buffer)) > self.line_limit:
-            return self.too_long()
-        if not end:
-            return None
-        start, line = len(self.command), self.command + self.buffer[:end]
-        self.command = b""
-        del self.buffer[:end]
-        if self.asked or self.tag:
-            return self.run(self.continued(line.strip(b"\r\n")))
-        if found := LITERAL.search(line, start):
-            return self.run(self.literal_begins(line, found))
-        return self.run(self.execute(line[: -2 if line.endswith(b"\r\n") else -1]))
+        return self.resume() if len(self.buffer) > self.seen else None
 
-    def take_literal(self) -> bool:
-        data = bytes(self.buffer[: self.literal])
-        del self.buffer[: len(data)]
-        self.literal -= len(data)
-        try:
-            if self.upload and not self.fault:
-                self.upload.write(data)
-            elif not self.fault:
-                self.command += data
-        except OSError as error:
-            self.fault = error
-        return not self.literal
+    def resume(self) -> Reply:
+        answer = None
+        while (item := self.work.send(answer)) is not None:
+            answer = yield item
+        self.seen = len(self.buffer)
 
-    def drop_upload(self) -> None:
-        if self.upload:
-            self.upload.close()
-        self.upload = self.fault = None
-
-    def too_long(self) -> Reply:
-        self.buffer.clear()
-        yield b"* BAD Command line too long.\r\n" + self.bye("Command line too long")
-
-    def literal_begins(self, line: bytes, found: re.Match[bytes]) -> Step:
-        """It may be refused before it is sent, unless the client doesn't wait (RFC 7888)."""
-        size, waits = int(found[1]), not found[2]
-        if tag := TAG.match(line):
-            self.running = tag[0].decode()
-        try:
-            if self.upload or self.fault:
-                raise self.fault or BadCommand("Invalid arguments")
-            self.upload = self.upload_for(line, found.start(), size)
-            if not self.upload and len(line) + size > self.line_limit:
-                raise BadCommand("[TOOBIG] Literal too long")
-        except (BadCommand, *FAULTS) as error:
-            if waits:
-                raise
-            self.fault = error
-        self.command, self.literal = line, size
-        if waits:
-            yield b"+ OK\r\n"
-        return ""
-
-    def upload_for(self, line: bytes, start: int, size: int) -> Delivery | None:
-        """Where a literal goes that is a message; None: it is an argument like others."""
-        return None
-
-    def continued(self, line: bytes) -> Step:
-        raise NotImplementedError
-
-    def run(self, work: Step) -> Reply:
-        """Whatever comes of a line, it is answered; "" says that more lines are to come."""
-        try:
-            if text := (yield from work):
-                text = f"OK {text}"
-        except BadCommand as error:
-            text = f"BAD {error}."
-        except Deleted as error:
-            text = str(error)
-            yield self.bye(text)
-        except FAULTS as error:
-            text = self.refusal(error)
-        if not text:
-            return
-        self.drop_upload()
-        self.bad = self.bad + 1 if text.startswith("BAD") else 0
-        if not self.ended:
-            yield self.say(text)
-        if self.bad >= self.bad_limit:
-            yield self.bye("Too many invalid commands")
+    def life(self) -> Step:
+        """One command after the other; whatever comes of it, it is answered."""
+        bad = 0
+        while not self.ended:
+            self.running = ""
+            try:
+                text = yield from self.command()
+            except BadCommand as error:
+                text = f"BAD {error}."
+            except Deleted as error:
+                text = f"NO {error}."
+                yield self.bye(str(error))
+            except FAULTS as error:
+                text = self.refusal(error)
+            while self.literal >= 0 and not self.waits:  # sent in spite of the error
+                yield from self.receive(len)
+                yield from self.line()
+            bad = bad + 1 if text.startswith("BAD") else 0
+            if text:
+                yield f"{self.running or '*'} {text}\r\n".encode()
+            if bad == BAD_LIMIT and not self.user:
+                yield self.bye("Too many invalid commands")
+        yield None
 
     def refusal(self, error: Exception) -> str:
         """The NO for what went wrong; the system's and our own faults are logged."""
@@ -4108,68 +4108,94 @@ class CommandSession(Session):
             return "NO [OVERQUOTA] Not enough disk space."
         return "NO [SERVERBUG] Internal error, it is in the server's log."
 
-    def execute(self, line: bytes) -> Step:
-        """One command; what its OK says."""
-        parser = Parser(line)
-        self.running = parser.must(TAG, "tag")[0].decode()
-        if self.fault:
-            raise self.fault
-        name = parser.atom()
-        self.by_uid = name == "UID"
-        name = parser.atom() if self.by_uid else name
-        if not (command := self.commands.get("UID " * self.by_uid + name)):
-            raise BadCommand(f"Unknown command {name}")
-        if command.selected and not self.view:
-            raise BadCommand("No mailbox selected")
-        arguments: list[Any] = [self.view] if command.selected else []
+    def line(self) -> Step:
+        """The next line; its end is left on if a literal follows."""
+        while not (end := self.buffer.find(b"\n") + 1):
+            if len(self.buffer) >= self.input_limit:
+                yield b"* BAD Command line too long.\r\n" + self.bye("Command line too long")
+            yield None
+        line = bytes(self.buffer[:end])
+        del self.buffer[:end]
+        found = LITERAL.search(line)
+        self.literal, self.waits = (int(found[1]), not found[2]) if found else (-1, False)
+        return line if found else line[:-1].removesuffix(b"\r")
+
+    def receive(self, write: Callable[[bytes], Any]) -> Step:
+        """The literal, in pieces as they come."""
+        if self.waits:
+            self.waits = False
+            yield b"+ OK\r\n"
+        while self.literal:
+            if not self.buffer:
+                yield None
+            data = bytes(self.buffer[: self.literal])
+            del self.buffer[: len(data)]
+            self.literal -= len(data)
+            write(data)
+
+    def command(self) -> Step:
+        """Read a command whole, but for APPEND's message, and execute it: what its answer says,
+        "" if that comes later."""
+        text = bytearray((yield from self.line()))
+        if self.tag:  # this ends IDLE
+            self.running, self.tag = self.tag, ""
+            yield from self.tell(True)
+            if text.strip().upper() != b"DONE":
+                raise BadCommand("Expected DONE")
+            return "OK Idle completed."
+        self.running = Parser(bytes(text)).must(TAG, "tag")[0].decode()
+        while self.literal >= 0 and not APPEND.match(text):
+            if len(text) + self.literal >= self.input_limit:
+                raise BadCommand("[TOOBIG] Literal too long")
+            yield from self.receive(text.extend)
+            text += yield from self.line()
+        return (yield from self.execute(Parser(bytes(text))))
+
+    def execute(self, parser: Parser) -> Step:
+        found = parser.must(rb"(?i)%b ((?:UID )?[A-Z]+)" % TAG.pattern, "command")
+        name = found[1].decode().upper()
+        state = ANY[bool(self.user) + bool(self.view)]
+        command = self.commands.get(name)
+        if not command or state not in command.states:
+            raise BadCommand(f"Unknown command {state}: {name}")
+        self.by_uid = name.startswith("UID ")
+        values: list[Any] = [self.view] if command.states == SELECTED else []
         if self.view:
             parser.view = self.view
-        arguments += [argument(parser) for argument in command.arguments]
+        values += [argument(parser) for argument in command.arguments]
         parser.end()
-        result = command.method(self, *arguments)
-        code = (yield from result) if isinstance(result, Generator) else result
+        if CONDSTORE.search(parser.text) and not self.condstore:
+            self.condstore = True  # from now on MODSEQs are told (RFC 7162 3.1)
+            if self.view:
+                yield f"* OK [HIGHESTMODSEQ {self.view.modseq}] Highest\r\n".encode()
+        code = command.method(self, *values) or ""
+        if not isinstance(code, str):
+            code = (yield from code) or ""
         if command.tells is not None:
             yield from self.tell(command.tells)
-        if self.asked or self.tag:
-            return ""
-        return " ".join(filter(None, (code, name.capitalize(), "completed.")))
+        return "" if self.tag else f"OK {code}{' ' if code else ''}{name.capitalize()} completed."
+
+    def stirred(self) -> Reply:
+        """Tell all; a folder that was changing that moment is looked at when it has settled."""
+        if self.view and (self.view.new, self.view.cur) == UNSETTLED:
+            yield Pause(0.025)
+        yield from self.tell(True)
 
     def tell(self, expunges: bool) -> Reply:
-        yield from ()
+        """What is new in the selected mailbox. A busy index is asked again next time."""
+        try:
+            lines, changed = self.view.look(expunges) if self.view else ([], ())
+            yield "".join(lines).encode()
+            for message in changed:
+                items = [MODSEQ] * self.condstore + [FLAGS] * (message.row.modseq not in self.own)
+                yield from self.fetched(message, [UID] * self.by_uid + items) if items else ()
+            self.own.clear()
+        except MailError as error:
+            yield self.bye(str(error))
+        except FAULTS as error:
+            self.refusal(error)
 
-    def capabilities(self) -> str:
-        after_login = " NAMESPACE CHILDREN UNSELECT UIDPLUS MOVE CONDSTORE"
-        return CAPABILITY + (after_login if self.user else " AUTH=PLAIN")
-
-    def capability(self) -> Reply:
-        yield f"* CAPABILITY {self.capabilities()}\r\n".encode()
-
-    def noop(self, view: View | None = None) -> None:
-        """Also CHECK: what is new is told in any case."""
-
-    def id(self, client: bytes) -> Reply:
-        yield b'* ID ("name" "hibernate.py")\r\n'
-
-    def logout(self) -> Reply:
-        yield self.bye("Logging out") + self.say("OK Logout completed.")
-
-    commands = {
-        "CAPABILITY": Command(capability),
-        "NOOP": Command(noop, tells=True),
-        "ID": Command(id, (Parser.rest,)),
-        "LOGOUT": Command(logout),
-    }
-
-
-class LoginSession(CommandSession):
-    """Before log-in. What comes right after the log-in command stays in `buffer`: the engine
-    carries it along to the imap process."""
-
-    input_limit = LOGIN_INPUT + 1
-    bad_limit = 3
-
-    def opened(self) -> Reply:
-        yield f"* OK [CAPABILITY {self.capabilities()}] hibernate.py ready.\r\n".encode()
+    # Log-in
 
     def login(self, user: bytes, password: bytes) -> Step:
         who = [text.decode("utf-8", "surrogateescape") for text in (user, password)]
@@ -4189,133 +4215,27 @@ class LoginSession(CommandSession):
     def authenticate(self, mechanism: str, initial: bytes) -> Step:
         if mechanism != "PLAIN":
             raise MailError("CANNOT", "Unsupported authentication mechanism")
-        if initial:
-            return (yield from self.plain(initial.strip(b" ")))
-        self.asked = self.running
-        yield b"+ \r\n"
-        return ""
-
-    def continued(self, line: bytes) -> Step:
-        self.running, self.asked = self.asked, ""
-        return (yield from self.plain(line))
-
-    def plain(self, line: bytes) -> Step:
+        if not initial:
+            yield b"+ \r\n"
+            initial = yield from self.line()
         try:
-            identity, user, password = base64.b64decode(line, validate=True).split(b"\0")
+            identity, user, password = base64.b64decode(initial.strip(), validate=True).split(b"\0")
         except ValueError:
             raise BadCommand("Authentication aborted") from None
         if identity not in (b"", user):
             raise MailError("AUTHORIZATIONFAILED", "Nobody logs in for others here")
         return (yield from self.login(user, password))
 
-    commands = CommandSession.commands | {
-        "LOGIN": Command(login, (Parser.astring, Parser.astring)),
-        "AUTHENTICATE": Command(authenticate, (Parser.atom, Parser.rest)),
-    }
-
-
-class ImapSession(CommandSession):
-    """After log-in."""
-
-    watch_dirs = ("new", "cur")
-    still_here = b"* OK Still here\r\n"
-    condstore = False
-
-    def arrived(self, answer: str) -> Reply:
-        if answer:
-            yield f"{answer} OK [CAPABILITY {self.capabilities()}] Logged in\r\n".encode()
-        elif self.tag:
-            yield from self.stirred()
-
-    def freeze(self) -> list[Any]:
-        return [self.condstore, *(astuple(self.view)[1:] if self.view else [])]
-
-    def thaw(self, state: list[Any]) -> None:
-        self.line_limit = int(self.config.max_line_length)
-        self.input_limit = max(self.input_limit, self.line_limit + 1)
-        if len(state) not in (0, 1, 12):
-            raise ValueError("not an IMAP session")
-        self.own = set[int]()  # MODSEQs of changes that the client made and knows
-        self.condstore = bool(state and state[0])
-        self.view = View(self.home, *state[1:]) if state[1:] else None
-
-    def watch(self) -> tuple[str, tuple[int, ...]] | None:
-        return (self.view.folder(), (self.view.new, self.view.cur)) if self.view else None
-
-    @classmethod
-    def peeked(cls, tag: str, data: bytes) -> tuple[bytes, int, str] | None:
-        found = SLEEPER_INPUT.fullmatch(data)
-        if not data or not found or bool(found[1]) != bool(tag):
-            return None
-        answer = f"{tag} OK Idle completed.\r\n".encode() if tag else b""
-        again = b"+ idling\r\n" if found[2] else b""
-        return answer + again, len(data), (found[2] or b"").decode()
-
-    def stirred(self) -> Reply:
-        """Tell all; if the folder is changing this moment, again when its time has settled."""
-        yield from self.tell(True)
-        if self.view and (self.view.new, self.view.cur) == UNSETTLED and not self.ended:
-            yield Pause(0.025)
-            yield from self.tell(True)
-
-    def tell(self, expunges: bool) -> Reply:
-        """What is new in the selected mailbox. A busy index is asked again next time."""
-        try:
-            lines, changed = self.view.look(expunges) if self.view else ([], ())
-            lines += map(self.describe, changed)
-        except MailError as error:
-            yield self.bye(str(error))
-        except FAULTS as error:
-            self.refusal(error)
-        else:
-            self.own.clear()
-            yield from pieces("".join(lines).encode())
-
-    def describe(self, message: Candidate) -> str:
-        """A FETCH line for changed flags; the client knows of what it has done itself."""
-        uid, modseq = message.row.uid, message.row.modseq
-        items = [f"UID {uid}"] if self.by_uid else []
-        items += [f"MODSEQ ({modseq})"] if self.condstore else []
-        if modseq not in self.own:
-            items.append(f"FLAGS {ITEMS[b'FLAGS'](message).decode()}")
-        elif not self.condstore:
-            return ""
-        return f"* {message.number} FETCH ({' '.join(items)})\r\n" if message.number else ""
-
-    def use_condstore(self) -> Reply:
-        """From now on MODSEQs are told (RFC 7162 3.1)."""
-        if self.view and not self.condstore:
-            yield f"* OK [HIGHESTMODSEQ {self.view.modseq}] Highest\r\n".encode()
-        self.condstore = True
-
-    def enable(self, names: bytes) -> Reply:
-        if b"CONDSTORE" in names.upper().split():
-            yield from self.use_condstore()
-            yield b"* ENABLED CONDSTORE\r\n"
-
-    def namespace(self) -> Reply:
-        yield b'* NAMESPACE (("" ".")) NIL NIL\r\n'
+    # Mailboxes
 
     def idle(self) -> Reply:
-        yield b"+ idling\r\n"
         self.tag = self.running
-        yield from self.stirred()
-
-    def continued(self, line: bytes) -> Step:
-        """The end of IDLE."""
-        self.running, self.tag = self.tag, ""
-        yield from self.tell(True)
-        if line.strip().upper() != b"DONE":
-            raise BadCommand("Expected DONE")
-        return "Idle completed."
-
-    # Mailboxes
+        yield b"+ idling\r\n"
 
     def select(self, name: str, condstore: bool, readonly: bool = False) -> Step:
         if self.view:
             self.view = None
             yield b"* OK [CLOSED] Previous mailbox closed.\r\n"
-        self.condstore |= condstore
         box = self.index.by_name(name)
         view = View(self.home, box.id, box.name, readonly, box.uidvalidity)
         lines, _ = view.look(True)
@@ -4323,9 +4243,10 @@ class ImapSession(CommandSession):
         query = "SELECT min(uid) FROM message WHERE box = ? AND flags NOT LIKE '%S%'"
         if unseen := view.number(view.query(query)[0][0] or 0):
             lines.append(f"* OK [UNSEEN {unseen}] First unseen.\r\n")
-        lines.append(f"* OK [UIDVALIDITY {view.uidvalidity}] UIDs valid\r\n")
-        lines.append(f"* OK [UIDNEXT {view.uidnext}] Predicted next UID\r\n")
-        lines.append(f"* OK [HIGHESTMODSEQ {view.modseq}] Highest\r\n")
+        lines += [
+            f"* OK [UIDVALIDITY {view.uidvalidity}] UIDs valid\r\n",
+            f"* OK [UIDNEXT {view.uidnext}] Predicted next UID\r\n",
+            f"* OK [HIGHESTMODSEQ {view.modseq}] Highest\r\n"]
         yield "".join(lines).encode()
         return "[READ-ONLY]" if readonly else "[READ-WRITE]"
 
@@ -4344,80 +4265,46 @@ class ImapSession(CommandSession):
             return
         for name in names if lsub and not pattern.endswith("%") else with_parents(names):
             if wildcard(reference + pattern, name):
-                flags = [b"\\Noselect"] * (name not in names)
-                if not lsub:
-                    children = any(each.startswith(name + ".") for each in names)
-                    flags.append(b"\\HasChildren" if children else b"\\HasNoChildren")
+                children = any(each.startswith(name + ".") for each in names)
+                flags = [b"\\HasChildren" if children else b"\\HasNoChildren"] * (not lsub)
+                flags = [b"\\Noselect"] * (name not in names) + flags
                 yield row % (command, b" ".join(flags), atom_or_quoted(name))
 
     def status(self, name: str, items: list[str]) -> Reply:
         box = self.index.refresh(self.index.by_name(name))
-        query = (
-            "SELECT count(*), ifnull(sum(uid >= ?), 0), ifnull(sum(flags NOT LIKE '%S%'), 0)"
-            " FROM message WHERE box = ?")
-        count, recent, unseen = self.index.db.execute(query, (box.recent, box.id)).fetchone()
-        if self.view and self.view.id == box.id and not self.view.readonly:
-            recent += self.view.recents()
-        values = {
-            "MESSAGES": count, "RECENT": recent, "UIDNEXT": box.uidnext, "UNSEEN": unseen,
-            "UIDVALIDITY": box.uidvalidity, "HIGHESTMODSEQ": box.modseq}
-        if unknown := set(items) - set(values):
-            raise BadCommand(f"Invalid status item {unknown.pop()}")
-        if "HIGHESTMODSEQ" in items:
-            yield from self.use_condstore()
-        text = " ".join(f"{item} {values[item]}" for item in items)
+        if not STATUS.keys() >= {*items}:
+            raise BadCommand("Invalid STATUS item")
+        pairs = ", ".join(f"'{item}', {STATUS[item]}" for item in dict.fromkeys(items))
+        query = f"SELECT {pairs} FROM mailbox LEFT JOIN message ON box = id WHERE id = ?"
+        text = " ".join(map(str, self.index.db.execute(query, (box.id,)).fetchone()))
         yield b"* STATUS %b (%b)\r\n" % (atom_or_quoted(box.name), text.encode())
 
-    def upload_for(self, line: bytes, start: int, size: int) -> Delivery | None:
-        parser = Parser(line)
-        try:
-            parser.must(re.compile(TAG.pattern + rb" APPEND(?= )", re.I))
-            name, *_ = parser.append()
-        except BadCommand:
-            return None
-        if not size:
-            raise MailError("CANNOT", "Can't save a message without a byte")
-        if size > self.config.mail_max_message_size:
-            raise MailError("TOOBIG", "Message is too large")
-        return Delivery(self.index.folder(self.index.by_name(name, "TRYCREATE").name))
-
-    def append(self, arguments: tuple[str, str, list[str], float | None]) -> str:
+    def append(self, arguments: tuple[str, str, list[str], float | None]) -> Step:
         name, flags, keywords, when = arguments
-        if not self.upload:
+        if self.literal < 0:
             raise BadCommand("Invalid arguments")
-        self.upload.finish(when)
-        box = self.index.by_name(name, "TRYCREATE")
-        uid = self.index.append(box.id, self.upload, flags, keywords)
-        self.upload = None
+        if not self.literal:
+            raise MailError("CANNOT", "Can't save a message without a byte")
+        if self.literal > self.config.mail_max_message_size:
+            raise MailError("TOOBIG", "Message is too large")
+        folder = self.index.folder(self.index.by_name(name, "TRYCREATE").name)
+        with contextlib.closing(Delivery(folder)) as upload:
+            yield from self.receive(upload.write)
+            if (yield from self.line()):
+                raise BadCommand("Text after the message")
+            upload.finish(when)
+            box = self.index.by_name(name, "TRYCREATE")
+            uid = self.index.append(box.id, upload, flags, keywords)
         return f"[APPENDUID {box.uidvalidity} {uid}]"
 
     # With a mailbox
 
-    def unselect(self, view: View) -> None:
-        self.view = None
-
-    def close(self, view: View) -> None:
-        self.expunge(view)
-        self.view = None
-
-    def expunge(self, view: View, ranges: bytes | None = None) -> None:
+    def expunge(self, view: View, ranges: bytes | None = None, leave: bool = False) -> None:
         if not view.readonly:
             uids = view.uids if ranges is None else view.pick(ranges, self.by_uid)
             view.index.expunge(view.box().id, uids, deleted_only=True)
-
-    def pick(self, view: View, ranges: Ranges) -> list[int]:
-        """The UIDs of a set, in order. A number that isn't there is an error, a UID isn't."""
-        uids, wanted = view.uids, set[int]()
-        last = (uids[-1] if uids else 0) if self.by_uid else len(uids)
-        for low, high in bounds(ranges, last):
-            if self.by_uid:
-                first, stop = bisect.bisect_left(uids, low), bisect.bisect_right(uids, high)
-            elif 0 < low and high <= last:
-                first, stop = low - 1, high
-            else:
-                raise BadCommand("Invalid messageset")
-            wanted.update(uids[first:stop])
-        return sorted(wanted)
+        if leave:
+            self.view = None
 
     def walk(self, view: View, uids: Sequence[int], recall: bool, see: bool) -> Iterator[Candidate]:
         """The messages that still exist, some looked up at a time; to `see` them sets \\Seen, of
@@ -4446,32 +4333,27 @@ class ImapSession(CommandSession):
         target = self.index.by_name(name, "TRYCREATE")
         old, new = zip(*view.index.copy(view.box(), uids, target, move))
         code = f"[COPYUID {target.uidvalidity} {compact_set(old)} {compact_set(new)}]"
-        if not move:
-            return code
-        yield f"* OK {code} Moved UIDs.\r\n".encode()
-        return ""
+        if move:
+            yield f"* OK {code} Moved UIDs.\r\n".encode()
+        return "" if move else code
 
     def store(self, view: View, ranges: bytes, change: tuple[Any, ...]) -> Step:
         how, silent, since, flags, keywords = change
         uids, refused = view.pick(ranges, self.by_uid), list[int]()
         if view.readonly:
             raise MailError("READ-ONLY", "Mailbox is read-only")
-        if since < 2**63:
-            yield from self.use_condstore()
         if silent:  # what others changed before would be hidden with our own change
             yield from self.tell(False)
         for at in range(0, len(uids), BATCH):
             part = uids[at : at + BATCH]
             modseq, left = view.index.store(view.box().id, part, how, flags, keywords, since)
-            refused += left if self.by_uid else [view.number(uid) for uid in left]
+            refused += left if self.by_uid else map(view.number, left)
             self.own.update([modseq] * silent)
             yield b""
         return f"[MODIFIED {compact_set(refused)}]" if refused else ""
 
     def search(self, view: View, wanted: tuple[Test, bool]) -> Reply:
         test, modseqs = wanted
-        if modseqs:
-            yield from self.use_condstore()
         found, highest = [""], 0
         for message in self.walk(view, view.uids, True, False):
             with contextlib.suppress(Vanished):
@@ -4485,75 +4367,73 @@ class ImapSession(CommandSession):
     def fetch(self, view: View, ranges: bytes, wanted: tuple[list[Item], bool, int]) -> Step:
         items, see, since = wanted
         uids, there = view.pick(ranges, self.by_uid), 0
-        items = [(b"UID", ITEMS[b"UID"])] * self.by_uid + items
-        items += [(b"MODSEQ", ITEMS[b"MODSEQ"])] * (since >= 0)
-        if b"MODSEQ" in dict(items):
-            yield from self.use_condstore()
-        see = not view.readonly and any(item.seen for item in items)
-        recall = any(item.kind in PARSED for item in items)
-        chunk = b""  # small answers travel together, but none waits for long
-        for count, message in enumerate(self.walk(view, uids, recall, see), 1):
+        items = [UID] * self.by_uid + items + [MODSEQ] * (since >= 0)
+        recall = any(name in PARSED for name, _ in items)
+        for message in self.walk(view, uids, recall, see and not view.readonly):
             with contextlib.suppress(Vanished):
-                for part in self.fetched(message, items) if message.row.modseq > since else ():
-                    chunk += part
-                    if len(chunk) > 16384:
-                        yield from pieces(chunk)
-                        chunk = b""
+                seen = [FLAGS] * (message.row.modseq in self.own)  # just now
+                new = message.row.modseq > since
+                yield from self.fetched(message, items + seen) if new else [b""]
                 there += 1
-            if count % 100 == 0:  # the worker's other sessions have a turn
-                yield chunk
-                chunk = b""
-        yield chunk
         return "[EXPUNGEISSUED]" if there < len(uids) else ""
 
     def fetched(self, message: Candidate, items: list[Item]) -> Iterator[bytes]:
-        """The answer, first what the index knows, as Dovecot orders it. Nothing is yielded before
+        """An answer, first what the index knows, as Dovecot orders it. Nothing is yielded before
         the message is there for the rest, and never more than an item is in memory."""
-        if message.row.modseq in self.own:  # by walk(): tell the flags here
-            items = [*items, Item(b"FLAGS", b"FLAGS")]
-        items = sorted(dict.fromkeys(items), key=lambda item: item.kind not in INDEXED)
-        for item in items:
-            if item.kind in PARSED:
-                message.recall(item.kind)
-            elif item.kind == b"[]":
+        known, others = list[bytes](), list[Item]()
+        for name, value in dict(items).items():
+            if name in INDEXED:
+                known.append(name + b" " + value(message))
+                continue
+            others.append((name, value))
+            if name in PARSED:
+                message.recall(name)
+            else:
                 message.message  # noqa: B018
-        text, gap = b"* %d FETCH" % message.number, b" ("
-        for label, value in items:
-            if label not in INDEXED:
-                yield text
-                text = b""
-            text += gap + label + b" " + value(message)
-            gap = b" "
+        text = b"* %d FETCH (%b" % (message.number, b" ".join(known))
+        for number, (name, value) in enumerate(others, len(known)):
+            yield from pieces(b"%b%b%b %b" % (text, b" "[:number], name, value(message)))
+            text = b""
         yield text + b")\r\n"
 
-    commands = CommandSession.commands | {
-        "ENABLE": Command(enable, (Parser.rest,)),
-        "NAMESPACE": Command(namespace),
-        "IDLE": Command(idle),
-        "SELECT": Command(select, (Parser.mailbox, Parser.condstore)),
-        "EXAMINE": Command(partial(select, readonly=True), (Parser.mailbox, Parser.condstore)),
-        "CREATE": Command(lambda self, name: self.index.create_folder(name), ONE_NAME),
-        "DELETE": Command(delete, ONE_NAME),
-        "RENAME": Command(lambda self, *names: self.index.rename_folder(*names), TWO_NAMES),
-        "SUBSCRIBE": Command(lambda self, name: self.index.subscribe(name, True), ONE_NAME),
-        "UNSUBSCRIBE": Command(lambda self, name: self.index.subscribe(name, False), ONE_NAME),
-        "LIST": Command(list_names, (Parser.mailbox, Parser.pattern)),
-        "LSUB": Command(partial(list_names, lsub=True), (Parser.mailbox, Parser.pattern)),
-        "STATUS": Command(status, (Parser.mailbox, Parser.words), tells=True),
-        "APPEND": Command(append, (Parser.append,), tells=True),
-        "CHECK": Command(CommandSession.noop, (), True, True),
-        "CLOSE": Command(close, (), True),
-        "UNSELECT": Command(unselect, (), True),
-        "EXPUNGE": Command(expunge, (), True, True),
-        "UID EXPUNGE": Command(expunge, (Parser.sequence,), True, True),
-        "SEARCH": Command(search, (Parser.search,), True, False),
-        "FETCH": Command(fetch, (Parser.sequence, Parser.fetch), True, False),
-        "STORE": Command(store, (Parser.sequence, Parser.store), True, False),
-        "COPY": Command(copy, (Parser.sequence, Parser.mailbox), True, True),
-        "MOVE": Command(partial(copy, move=True), (Parser.sequence, Parser.mailbox), True, True),
+    commands = {
+        "CAPABILITY": Command(
+            ANY, lambda self: [f"* CAPABILITY {self.capability()}\r\n".encode()]),
+        "NOOP": Command(ANY, lambda self: None, tells=True),
+        "ID": Command(ANY, lambda self, _: [b'* ID ("name" "hibernate.py")\r\n'], (Parser.rest,)),
+        "LOGOUT": Command(ANY, lambda self: [self.bye("Logging out")]),
+        "LOGIN": Command(BEFORE, login, (Parser.astring, Parser.astring)),
+        "AUTHENTICATE": Command(BEFORE, authenticate, (Parser.atom, Parser.rest)),
+        "ENABLE": Command(AFTER, lambda self, names: [
+            b"* ENABLED CONDSTORE\r\n"] * bool(CONDSTORE.search(names)), (Parser.rest,)),
+        "NAMESPACE": Command(AFTER, lambda self: [b'* NAMESPACE (("" ".")) NIL NIL\r\n']),
+        "IDLE": Command(AFTER, idle),
+        "SELECT": Command(AFTER, select, (*NAMED, Parser.condstore)),
+        "EXAMINE": Command(AFTER, partial(select, readonly=True), (*NAMED, Parser.condstore)),
+        "CREATE": Command(AFTER, lambda self, name: self.index.create_folder(name), NAMED),
+        "DELETE": Command(AFTER, delete, NAMED),
+        "RENAME": Command(AFTER, lambda self, *names: self.index.rename_folder(*names), NAMED * 2),
+        "SUBSCRIBE": Command(AFTER, lambda self, name: self.index.subscribe(name, True), NAMED),
+        "UNSUBSCRIBE": Command(AFTER, lambda self, name: self.index.subscribe(name, False), NAMED),
+        "LIST": Command(AFTER, list_names, (*NAMED, Parser.pattern)),
+        "LSUB": Command(AFTER, partial(list_names, lsub=True), (*NAMED, Parser.pattern)),
+        "STATUS": Command(AFTER, status, (*NAMED, Parser.words), True),
+        "APPEND": Command(AFTER, append, (Parser.append,), True),
+        "CHECK": Command(SELECTED, lambda self, view: None, (), True),
+        "CLOSE": Command(SELECTED, partial(expunge, leave=True)),
+        "UNSELECT": Command(SELECTED, lambda self, view: setattr(self, "view", None)),
+        "EXPUNGE": Command(SELECTED, expunge, (), True),
+        "UID EXPUNGE": Command(SELECTED, expunge, SOME, True),
+        "SEARCH": Command(SELECTED, search, (Parser.search,), False),
+        "FETCH": Command(SELECTED, fetch, (*SOME, Parser.fetch), False),
+        "STORE": Command(SELECTED, store, (*SOME, Parser.store), False),
+        "COPY": Command(SELECTED, copy, SOME + NAMED, True),
+        "MOVE": Command(SELECTED, partial(copy, move=True), SOME + NAMED, True),
     }
     for name in ("SEARCH", "FETCH", "STORE", "COPY", "MOVE"):
         commands["UID " + name] = commands[name]._replace(tells=True)
+
+
 # ------------------------------------------------------------------------------------------------
 # 11  Command line
 #
@@ -4576,7 +4456,7 @@ PROGRAM = Program(
     "hibernate",
     roles=(
         Role(
-            "imap-login", LoginSession, ("1000", "4", "1", "60 s"), sheds=True, unit="pre-login",
+            "imap-login", ImapSession, ("1000", "4", "1", "60 s"), sheds=True, unit="pre-login",
             listener="imap", port=1143,
         ),
         Role("auth", AuthSession, ("1000", "2", "1", "60 s"), requests=True, trusted=True, unit=""),

@@ -1823,6 +1823,8 @@ def test_a_full_disk_is_a_clear_no_and_leaves_nothing_behind():
         with limited(worker, resource.RLIMIT_FSIZE, 0):  # not even the index can be written
             client.cmd("APPEND INBOX", "NO", literal=message("third"))
             client.cmd("STORE 1 +FLAGS (kept)", "NO")
+            made = client.cmd("CREATE Made", "OK|NO")[-1]
+        assert (" OK " in made) == (server.home("alice") / ".Made").exists()
         client.cmd("STORE 1 +FLAGS (kept)")
         assert "* 2 EXISTS" in client.cmd("SELECT INBOX")
 
@@ -2134,6 +2136,14 @@ def test_append_keeps_bytes_flags_and_date(server, user):
         [entry] = list(server.maildir(user))
         assert sorted(entry.get_flags()) == ["F", "S"]
         client.cmd("APPEND Nowhere {3+}\r\nabc", r"NO \[TRYCREATE\]")
+
+
+@table("text", ["APPEND Nowhere", "APPEND INBOX {1+}\r\nx", "APPEND INBOX (\\Wrong)", "FROB",
+                "FETCH 1", "SELECT {0+}\r\nx", "APPEND {5+}\r\nINBOX x"])
+def test_a_literal_that_comes_with_a_refused_command_is_never_executed(server, user, text):
+    with Imap(server, user) as client:
+        client.cmd(f"{text} {{12+}}\r\nz CREATE Z\r\n", "NO|BAD")
+        assert client.cmd('LIST "" Z')[:-1] == [] == client.cmd("NOOP")[:-1]
 
 
 def test_uids_stay_and_uidvalidity_with_them_whatever_is_renamed(server, user):
@@ -2542,6 +2552,12 @@ def test_too_long_lines_and_literals_are_bad_and_memory_stays_bounded():
             assert re.match(r"x (NO|BAD)", client.line())
             client.cmd("NOOP")
         assert sum(proc_bytes(pid, "Rss") for pid in pids) - before < 8 * 2**20
+        with Imap(server) as client:  # the limit before log-in outlives a reload
+            old = server.pids("imap-login")
+            server.run("reload")
+            eventually(lambda: not {*old} & {*server.pids("imap-login")})
+            client.send("x" * 9000)
+            assert re.match(r"\S+ (BAD|BYE)", client.line())
 
 
 def test_a_client_that_never_reads_costs_no_memory_and_harms_nobody():
