@@ -3585,7 +3585,7 @@ def string(text: bytes) -> bytes:
 
 
 def mailbox_name(text: bytes) -> str:
-    return re.sub(r"(?i)\Ainbox(?=[.*%]|$)", "INBOX", string(text).decode("latin-1"))
+    return re.sub(r"(?i)\Ainbox(?=\.|$)", "INBOX", string(text).decode("latin-1"))
 
 
 def split_flags(text: bytes) -> tuple[str, list[str]]:
@@ -3630,7 +3630,7 @@ class Parser:
     mailbox = kind(ASTRING, mailbox_name)
     pattern = kind(LIST_PATTERN, mailbox_name)
     flags = kind(rb"\((?:%b)?\)|%b" % (FLAG_LIST, FLAG_LIST), split_flags, "flags")
-    keyword = kind(ATOM, lambda text: text.decode()[:100].lower())
+    keyword = kind(rb"\\?" + ATOM, lambda text: text.decode()[:100].lower())
     sought = kind(ASTRING, lambda text: string(text).decode(errors="replace").casefold())
     day = kind(rb'"?[\w-]+"?', lambda text: datetime.datetime.strptime(
         text.decode().strip('"'), "%d-%b-%Y").toordinal(), "date")
@@ -3943,6 +3943,8 @@ def wildcard(pattern: str, name: str) -> bool:
     >>> wildcard("a%.*", "ab.c.d"), wildcard("a%", "ab.c"), wildcard("*", "x")
     (True, False, True)
     """
+    if name == "INBOX" or name.startswith("INBOX."):
+        pattern = pattern[:5].upper() + pattern[5:]
     reached = {0}  # the pattern so far matches these lengths of the name
     for char in pattern:
         if char in "*%":

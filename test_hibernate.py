@@ -2006,6 +2006,7 @@ TRANSCRIPT = [
     ('LIST "" "*"', [r'^\* LIST \(.*\) "[./]" "?INBOX"?$', r'^\* LIST \(.*\) "[./]" "?Work"?$']),
     ('LIST "" "%"', [r"INBOX", r"Work", r"~Deep"]),
     ('LIST "" "W%"', [r"Work", r"~INBOX"]),
+    ('LIST "" "inb%"', [r"INBOX", r"~Work"]),
     ('LIST "" "nothing*"', [r"~LIST"]),
     ('LSUB "" "*"', []),
     ("STATUS INBOX (MESSAGES UNSEEN UIDNEXT UIDVALIDITY RECENT)",
