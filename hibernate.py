@@ -3225,345 +3225,284 @@ def reflag(path: bytes, how: str, flags: str) -> bytes:
 
 MAX_DEPTH, MAX_PARTS, MAX_BOUNDARY = 100, 10_000, 80  # a part beyond these stays opaque
 NUL = "\ufffd".encode()
-ATEXT, MIME = rb"!#-'*+\-/-9=?A-Z^-~\x80-\xff", rb"!#-'*+\-.0-9A-Z^-~\x80-\xff"
-QUOTED = rb'"((?:[^"\\]++|\\.)*+)"'
+ATOM_CHAR, MIME = rb"[!#-'*+\-/-9=?A-Z^-~\x80-\xff]", rb"[!#-'*+\-.0-9A-Z^-~\x80-\xff]"
+QUOTED, DOTTED = rb'"(?:[^"\\]++|\\.)*+"', rb"(?:%b|\.)++" % ATOM_CHAR
 COMMENT = rb"\((?:[^()\\]++|\\.|\((?:[^()\\]++|\\.|\([^()]*+\))*+\))*+\)"  # nests three deep
-TOKEN = re.compile(  # space, comment, word, quoted string, domain literal; e: has no end
-    rb'(?P<s>[ \t\r\n]+)|(?P<c>%b)|(?P<w>[%b.]+)|(?P<q>%b)|(?P<d>\[(?:[^][\\]|\\.)*+\])'
-    rb'|(?P<e>["(].*)|.' % (COMMENT, ATEXT, QUOTED), re.S)
-# An address list as the letters of its tokens, which makes the grammar a regular one.
-GROUP = re.compile("([wq]*):")
-MAILBOX = re.compile(
-    "(?:(?P<name>[wq]*)(?P<angle><)(?P<route>(?:@[wd],*)+:?)?)?(?P<user>[wq]?)"
-    "(?P<at>@(?P<host>[wd]?))?(?(angle)(?P<end>>?)|(?(at)|(?P<more>[wq]*)))")
-HOST = re.compile(rb"\[.*\]|[%b]+(?:\.[%b]+)*+" % (ATEXT, ATEXT), re.S)
-MEDIA = re.compile(rb"\s*([%b]+)\s*(?:\Z|/\s*([%b]+)\s*(;.*|\Z))" % (MIME, MIME), re.S)
-KIND = re.compile(rb"(?P<text>text/)|(?P<message>message/rfc822\Z)|(?P<multipart>multipart/.)"
-                  rb"|(?P<opaque>multipart/)", re.I)
-PARAMETER = re.compile(
-    rb';\s*+([%b]++)\s*+=\s*+(?:%b|(=[^; \t\r\n]*+|[%b]++|(?!")))' % (MIME, QUOTED, MIME), re.S)
-PIECE = re.compile(rb"([^*]*)\*([0-9]{0,9})(\*?)")
-ONE_WORD = re.compile(rb"\s*([%b]*)\s*" % MIME)
-LANGUAGES = re.compile(rb"\s*([%b]+(?:\s*,\s*[%b]+)*+)" % (ATEXT, ATEXT))
+GAP = rb"(?:[ \t\r\n]++|%b)*+" % COMMENT
+SPACE = re.compile(GAP, re.S)
+TOKEN = re.compile(rb'(%b)|(%b|%b)|["(].*' % (COMMENT, QUOTED, DOTTED), re.S)  # the last: no end
+ADDRESS = re.compile(rb"""(?!\Z) (?: (?P<group> %(word)b*+) : %(s)b)?+
+    (?P<box> (?: (?P<name> %(word)b*+) (?P<angle> < %(s)b)
+                 (?: (?P<route> (?:@%(dots)b,?)++) : %(s)b)? )?
+             (?P<user> %(word)b?) (?P<at> @ %(s)b (?:(?P<host> %(host)b) | (?:%(dots)b)?) %(s)b)?
+             (?(angle) (?P<end> > %(s)b)? | (?(at) | (?P<more> %(word)b*+))) )
+    (?P<close> ; %(s)b)? (?P<next> , %(s)b)?""" % {
+        b"s": GAP, b"word": rb"(?:(?:%b|%b)%b)" % (DOTTED, QUOTED, GAP), b"dots": DOTTED,
+        b"host": rb"(?:\[(?:[^][\\]|\\.)*+\]|%b++(?:\.%b++)*+(?!\.))" % (ATOM_CHAR, ATOM_CHAR),
+    }, re.S | re.X)
+MEDIA = re.compile(rb"\s*(%b+)\s*(?:\Z|/\s*(%b+)\s*(;.*|\Z))" % (MIME, MIME), re.S)
+KIND = re.compile(b"(?P<text>text/)|(?P<message>message/rfc822$)|(?P<multipart>multipart/.)", re.I)
+PARAMETER = re.compile(  # the digits and asterisks are RFC 2231's
+    rb';\s*+(%b+?)(?:\*([0-9]{1,9}))?+(\*?)\s*+=\s*+(%b|=[^; \t\r\n]*+|%b++|(?!"))'
+    % (MIME, QUOTED, MIME), re.S)
+FIRST_WORD = re.compile(rb"\s*(%b*)\s*(.*)" % MIME, re.S)
+LANGUAGE = re.compile(rb"(?:\A\s*|,\s*)(%b+)" % ATOM_CHAR)
 HEADER_END, BODY_END = re.compile(rb"^(?:\r\n|--)", re.M), re.compile(rb"\n--")
 ENCODED_WORD = re.compile(
     rb"=\?([^?*]*+)(?:\*[^?]*+)?\?([bq])\?([^?]*+)\?=(?:[ \t\r\n]++(?==\?))?", re.I)
 # Only what is in Python's own table: looking up any other name imports, and is never forgotten.
 CHARSETS = {name for name in (*aliases, *aliases.values(), "koi8_u", "cp874")
             if not re.search("codec|rot_13|mbcs", aliases.get(name, name))}
-MEDIA_OF: dict[str | None, tuple[bytes, bytes]] = {
-    "message": (b"message", b"rfc822"), "opaque": (b"application", b"octet-stream")}
-NO_PART = b'("text" "plain" ("charset" "us-ascii") NIL NIL "7bit" 0 0%b)'  # the grammar wants one
 
-Fields = list[tuple[bytes, bytes]]
-Texts = tuple[bytes, ...]  # the boundaries that are open, innermost last
+NO_PART = [b"text", b"plain", [b"charset", b"us-ascii"], None, None, b"7bit", 0, 0]
 Numbers = tuple[int, ...]
-Address = tuple[bytes | None, bytes | None, bytes | None, bytes | None]  # name route mailbox host
 
 
-def quoted(text: bytes | str | None) -> bytes:
-    """An nstring: NIL, a quoted string, or a literal where that is needed or shorter."""
-    if text is None:
+def quoted(value: Any) -> bytes:
+    """None, numbers, strings and lists as IMAP writes them; a tuple is its items side by side.
+    A string is a literal where it must, where that is shorter, and if it is a bytearray."""
+    if value is None or value == []:
         return b"NIL"
-    raw = text.encode("utf-8", "replace") if isinstance(text, str) else text
-    raw = raw.replace(b"\0", b"\x80")  # literals must not hold it either
-    if not raw.isascii() or re.search(rb'[\r\n]|(?:["\\][^"\\]*){5}', raw):
+    if isinstance(value, int):
+        return b"%d" % value
+    if isinstance(value, list | tuple):
+        items = map(quoted, value)
+        return b"".join(items) if isinstance(value, tuple) else b"(%b)" % b" ".join(items)
+    raw = value.replace(b"\0", b"\x80")  # literals must not hold it either
+    literal = isinstance(value, bytearray) or re.search(rb'[\r\n]|(?:["\\][^"\\]*){5}', raw)
+    if literal or not raw.isascii():
         return b"{%d}\r\n%b" % (len(raw), raw)
     return b'"%b"' % re.sub(rb'(["\\])', rb"\\\1", raw)
 
 
-def quoted_line(value: bytes | None) -> bytes:
-    """A header field's value as a string without line ends."""
-    value = value and re.sub(rb"[\r\n]+(?=[ \t\r\n]|\Z)", b"", value).replace(b"\0", NUL)
-    return quoted(value and re.sub(rb"[\r\n]", b" ", value))
+def unfolded(value: bytes | None) -> bytes | None:
+    return value and re.sub(rb"\r?\n", b"", value).replace(b"\0", NUL)
 
 
-def quoted_human(value: bytes | None) -> bytes:
+def human(value: bytes | None) -> bytes | bytearray | None:
     """A subject or name: white space is squeezed, and anything special makes it a literal."""
     text = re.sub(rb"[ \t\r\n]+", b" ", value or b"").strip(b" ").replace(b"\0", NUL)
-    if text and (text != value or re.search(rb'[\x80-\xff"\\]', text)):
-        return b"{%d}\r\n%b" % (len(text), text)
-    return quoted(value and text)
-
-
-def quoted_list(found: Sequence[tuple[bytes, ...]]) -> bytes:
-    return b"(%b)" % b" ".join(quoted(text) for row in found for text in row) if found else b"NIL"
+    special = text != value or re.search(rb'[\x80-\xff"\\]', text)
+    return bytearray(text) if text and special else value and text
 
 
 def unquoted(text: bytes) -> bytes:
-    """What the inside of a quoted string or comment means."""
+    """What a word, a quoted string or a comment means."""
+    text = text[1:-1] if text[:1] in (b'"', b"(") else text
     return re.sub(rb"\r?\n|\\([^\r\n\0])", rb"\1", text).replace(b"\0", NUL)
 
 
-def uncommented(value: bytes) -> bytes:
-    kept = (match[0] for match in TOKEN.finditer(value) if match.lastgroup not in ("s", "c"))
-    return b" ".join(kept) if b"(" in value else value
+def phrase(text: bytes | None) -> bytes:
+    return b" ".join(unquoted(word) for _, word in TOKEN.findall(text or b"") if word)
 
 
-def header_fields(header: bytes) -> Fields:
+def header_fields(header: bytes) -> list[tuple[bytes, bytes]]:
     """(lower-case name, value with its folds) of each field in order; other lines are skipped."""
     lines = (line.partition(b":") for line in re.split(rb"\r\n(?![ \t])", header))
     return [(name.rstrip(b" \t").lower(), value.lstrip(b" \t") or value[1:])
-            for name, colon, value in lines if colon and b"\n" not in name and len(name) <= 1000]
+            for name, colon, value in lines if colon and b"\n" not in name]
 
 
-def addresses(value: bytes) -> list[Address]:
+def addresses(value: bytes) -> list[list[Any]]:
     """The addresses of a From, To, ... for ENVELOPE; faults are marked as Dovecot does."""
-    kinds, texts, comments, found = "", list[bytes](), list[bytes](), list[Address]()
-    for token in TOKEN.finditer(value):
-        text, kind = token[0], token.lastgroup or chr(token[0][0])  # a special is its own kind
-        if kind == "c" and comments:
-            comments[-1] = unquoted(text[1:-1])  # the last one after each token
-        elif kind not in ("c", "s"):
-            kinds += kind
-            texts.append(unquoted(text[1:-1] if kind == "q" else text))
-            comments.append(b"")
-    kinds, at, grouped = kinds + "$", 0, False  # a kind that no token is
-    while kinds[at] != "$" and len(found) < MAX_PARTS:
-        group = None if grouped else GROUP.match(kinds, at)
-        if group:
-            found.append((None, None, b" ".join(texts[at:group.end(1)]), None))
-            grouped, at = True, group.end()
-        if not group or kinds[at] not in "$;":
-            match = MAILBOX.match(kinds, at)
-            assert match is not None  # it matches nothing at all, too
-            comment = next(filter(None, reversed(comments[at:match.end()])), b"")
-            found.append(mailbox(match, texts, comment, kinds[match.end()] == "e"))
-            at = match.end()
-        if grouped and kinds[at] != ",":
-            found.append((None, None, None, None))
-            grouped, at = False, at + (kinds[at] == ";")
-        if kinds[at] != ",":  # garbage: the rest is not guessed at
+    found, grouped = list[list[Any]](), False
+    for match in ADDRESS.finditer(SPACE.sub(b"", value, 1)):
+        group, box, user, at, host = match.group("group", "box", "user", "at", "host")
+        if group is not None:
+            grouped = True
+            found.append([None, None, phrase(group), None])
+        name, mailbox = phrase(match["name"]), phrase(user)
+        comments = [text for text, _ in TOKEN.findall(box) if text not in (b"", b"()")]
+        if match["angle"]:
+            host = b"SYNTAX_ERROR" if not match["end"] or at and not host else host
+        elif comments:
+            name = unquoted(comments[-1])
+        elif not at and (match["more"] or user[:1] == b'"'):
+            name, mailbox = phrase(box), b""
+        if group is None or box or match["next"] and not match["close"]:
+            found.append([human(name or None), match["route"],
+                          mailbox or b"MISSING_MAILBOX", host or b"MISSING_DOMAIN"])
+        if grouped and (match["close"] or not match["next"]):
+            grouped = False
+            found.append([None] * 4)
+        if not match["next"] or len(found) >= MAX_PARTS:  # garbage: the rest is not guessed at
             break
-        at += 1
     return found
 
 
-def mailbox(match: re.Match[str], texts: list[bytes], comment: bytes, broken: bool) -> Address:
-    """The address of some tokens, however broken."""
-    def words(group: str) -> bytes | None:
-        glue = b" " if group in ("name", "more") else b""
-        return glue.join(texts[slice(*match.span(group))]) if match[group] else None
-
-    name, route, user, host, more = map(words, ("name", "route", "user", "host", "more"))
-    if broken or not HOST.fullmatch(host or b""):
-        host = None
-    if match["angle"]:
-        if route is not None:
-            route = re.sub(rb",+", b",", route[:-1]) if route[-1:] == b":" else b"INVALID_ROUTE"
-        if broken or not match["end"] or match["at"] and not host:
-            host = b"SYNTAX_ERROR"
-    elif comment:
-        name = comment
-    elif more:
-        name, user = (user or b"") + b" " + more, None
-    elif match["user"] == "q" and not match["at"]:
-        name, user = user, None
-    user = b"MISSING_MAILBOX" if user is None else user
-    return name or None, route, user, host or b"MISSING_DOMAIN"
-
-
-def parameters(value: bytes) -> Fields:
-    r"""The parameters of a media type or disposition, the pieces of RFC 2231 put together.
+def parameters(value: bytes) -> list[bytes]:
+    r"""Names and values of a media type or disposition, the pieces of RFC 2231 put together.
 
     >>> parameters(b"; a=1; b*1*=%C3; b*0*=utf-8''x; c=\"d e\"")
-    [(b'a', b'1'), (b'c', b'd e'), (b'b*', b"utf-8''x%C3")]
+    [b'a', b'1', b'c', b'd e', b'b*', b"utf-8''x%C3"]
     """
-    whole, pieces = [], []
-    for name, inside, bare in PARAMETER.findall(value):
-        text, piece = bare or unquoted(inside), PIECE.fullmatch(name)
-        if piece:
-            pieces.append((piece[1], int(piece[2] or 0), piece[3] if piece[2] else b"*", text))
+    found, pieces = list[bytes](), dict[bytes, list[tuple[int, bytes, bytes, bytes]]]()
+    for name, number, star, text in PARAMETER.findall(value):
+        if number or star:
+            row = int(number or 0), star, unquoted(text), name
+            pieces.setdefault(name.lower(), []).append(row)
         else:
-            whole.append((name, text))
-    pieces.sort(key=lambda piece: piece[:2])
-    for _, group in itertools.groupby(pieces, key=lambda piece: piece[0].lower()):
-        rows = list(group)
-        if [row[1] for row in rows] != list(range(len(rows))):  # some are missing: as they are
-            whole += [(b"%b*%d%b" % row[:3], row[3]) for row in rows]
+            found += [name, unquoted(text)]
+    for _, rows in sorted(pieces.items()):
+        rows.sort()
+        if [row[0] for row in rows] != [*range(len(rows))]:  # some are missing: as they are
+            for number, star, text, name in rows:
+                found += [b"%b*%d%b" % (name, number, star), text]
             continue
-        star = max(row[2] for row in rows)
-        texts = [row[3] if row[2] == star else row[3].replace(b"%", b"%25") for row in rows]
-        whole.append((rows[0][0] + star, b"''" * (rows[0][2] != star) + b"".join(texts)))
-    return whole
+        star = max(row[1] for row in rows)
+        texts = (row[2] if row[1] == star else row[2].replace(b"%", b"%25") for row in rows)
+        found += [rows[0][3] + star, b"".join(texts)]
+    return found
 
 
 class Part:
     """A part of a message: its header from `start`, its body from `body` to `end`."""
 
-    def __init__(self, parent: Part | None, start: int, body: int, fields: Fields) -> None:
-        self.start, self.body, self.end, self.fields = start, body, body, fields
-        self.children: list[Part] = []
+    def __init__(self, data: bytes, start: int, number: Numbers, parent: Part | None) -> None:
+        self.data, self.start, self.children = data, start, list[Part]()
+        self.parts: list[Part] = parent.parts if parent else []  # all of the message, in order
+        self.numbered: dict[Numbers, Part] = parent.numbered if parent else {}
+        self.opened: tuple[bytes, ...] = parent.opened if parent else ()  # boundaries
         self.depth: int = parent.depth + 1 if parent else 1
-        self.inside = parent is not None and parent.kind == "multipart"
-        self.media: tuple[bytes, bytes, Fields] = b"text", b"plain", []
-        if parent and parent.media[1].lower() == b"digest":
-            self.media = b"message", b"rfc822", []
-        first = dict(reversed(fields))
-        if b"content-type" in first:
-            media = MEDIA.match(uncommented(first[b"content-type"]))
-            main, sub, more = media.groups(b"") if media else (b"", b"", b"")
-            self.media = main, sub, parameters(more)
-        self.named = {name.lower(): value for name, value in reversed(self.media[2])}
-        kind = KIND.match(b"%b/%b" % self.media[:2])
-        self.kind: str | None = kind and kind.lastgroup  # None: nothing that we look into
-        self.first = first if self.inside or {b"mime-version", b"content-type"} & set(first) else {}
+        self.body = self.end = self.boundary(HEADER_END, start)[0]
+        self.fields = header_fields(data[start:self.body])
+        self.first = dict(reversed(self.fields))
+        digest = parent and parent.media[1].lower() == b"digest"
+        usual = b"message/rfc822" if digest else b"text/plain"
+        media = MEDIA.match(self.content(b"type", usual)) if self.depth < MAX_DEPTH else None
+        main, sub, more = media.groups(b"") if media else (b"", b"", b"")
+        kind = KIND.match(b"%b/%b" % (main, sub))
+        self.kind = kind and kind.lastgroup  # None: nothing that we look into
+        if self.kind == "message":
+            main, sub = b"message", b"rfc822"
+        self.media: tuple[bytes, bytes] = main, sub
+        self.parameters = flat = parameters(more)
+        self.named = {name.lower(): text for name, text in zip(flat[-2::-2], flat[::-2])}
+        inside = parent is not None and parent.kind == "multipart"
+        if not inside and not {b"mime-version", b"content-type"} & set(self.first):
+            self.first = {}
+        if parent:
+            parent.children.append(self)
+        self.parts.append(self)
+        self.numbered.setdefault(number, self)
+        if self.kind != "multipart" and not (inside and self.kind == "message"):
+            number += (1,)  # RFC 3501 6.4.5: what is not multipart has a part 1
+            self.numbered.setdefault(number, self)
+        self.number = number
 
-    def line(self, name: bytes) -> bytes:
-        """A Content- field of it as a string."""
-        return quoted_line(self.first.get(b"content-" + name))
+    def boundary(self, end: re.Pattern[bytes], at: int) -> tuple[int, bytes | None]:
+        """Where the header or body from `at` ends, and the boundary that ends it."""
+        for match in end.finditer(self.data, max(at - 1, 0)):
+            if match[0] == b"\r\n":
+                return match.end(), None
+            if self.data.startswith(self.opened, match.end()) and len(self.parts) < MAX_PARTS:
+                fits = (text for text in self.opened if self.data.startswith(text, match.end()))
+                return match.end() - 2, max(fits, key=len)
+        return len(self.data), None
 
-    def word(self, name: bytes) -> list[bytes]:
-        """The first word of a Content- field, and what is after it."""
-        return ONE_WORD.split(uncommented(self.first.get(b"content-" + name, b"")), 1)[1:]
+    def read(self) -> int:
+        """Read the body and what is in it, up to the boundary of another; where it ends."""
+        at, mine = self.body, None
+        if self.kind == "message":
+            at = Part(self.data, at, self.number, self).read()
+        elif self.kind == "multipart" and b"boundary" in self.named:
+            mine = self.named[b"boundary"][:MAX_BOUNDARY]
+            self.opened += (mine,)
+        while True:
+            line, text = self.boundary(BODY_END, at)
+            if text is None or text != mine:
+                break
+            after = line + 2 + len(text)
+            at = self.data.find(b"\n", after) + 1 or len(self.data)
+            if self.data.startswith(b"--", after):
+                mine, self.opened = None, self.opened[:-1]
+            elif self.data.startswith(b"\n", at - 1):
+                number = (*self.number, len(self.children) + 1)
+                at = Part(self.data, at, number, self).read()
+        self.end = at = line if line == at or text is None else line - 2
+        if line == self.body < len(self.data):
+            self.body = self.end = max(line - 2, self.start)  # the boundary owns the line end
+        return at
 
-    def extension(self) -> list[bytes]:
-        """Disposition, language and location of BODYSTRUCTURE."""
-        word, rest = self.word(b"disposition")
-        disposition = b"(%b %b)" % (quoted(word), quoted_list(parameters(rest)))
-        match = LANGUAGES.match(uncommented(self.first.get(b"content-language", b"")))
-        languages = [(word.strip(),) for word in match[1].split(b",")] if match else []
-        return [disposition if b"content-disposition" in self.first else b"NIL",
-                quoted_list(languages), self.line(b"location")]
+    def content(self, name: bytes, usual: bytes = b"") -> bytes:
+        """A Content- field without comments."""
+        value = self.first.get(b"content-" + name, usual)
+        return TOKEN.sub(rb"\2 ", value) if b"(" in value else value
+
+    def line(self, name: bytes) -> bytes | None:
+        return unfolded(self.first.get(b"content-" + name))
+
+    def envelope(self) -> list[Any]:
+        """ENVELOPE; of several fields of a name all addresses count, or the last text."""
+        def people(name: bytes) -> list[Any]:
+            rows = [row for key, value in self.fields if key == name for row in addresses(value)]
+            return [tuple(rows)] if rows else []
+
+        text, author = dict(self.fields), people(b"from")
+        return [unfolded(text.get(b"date")), human(text.get(b"subject")), author,
+                people(b"sender") or author, people(b"reply-to") or author, people(b"to"),
+                people(b"cc"), people(b"bcc"), unfolded(text.get(b"in-reply-to")),
+                unfolded(text.get(b"message-id"))]
+
+    def structure(self, extended: bool) -> list[Any]:
+        """BODYSTRUCTURE, or BODY; it recurses, but not deeper than MAX_DEPTH."""
+        if self.kind == "multipart":
+            inner = tuple(child.structure(extended) for child in self.children)
+            words: list[Any] = [inner or NO_PART + [None] * 4 * extended, self.media[1]]
+            more: Any = self.parameters
+        else:
+            implied = self.kind == "text" and b"charset" not in self.named
+            encoding, rest = FIRST_WORD.findall(self.content(b"transfer-encoding"))[0]
+            words = [*self.media, self.parameters + [b"charset", b"us-ascii"] * implied,
+                     self.line(b"id"), self.line(b"description"),
+                     encoding if encoding and not rest else b"7bit", self.end - self.body]
+            for child in self.children:
+                words += [child.envelope(), child.structure(extended)]
+            if self.kind:
+                words.append(self.data.count(b"\n", self.body, self.end))
+            more = self.line(b"md5")
+        if extended:
+            word, rest = FIRST_WORD.findall(self.content(b"disposition"))[0]
+            named = b"content-disposition" in self.first
+            words += [more, [word, parameters(rest)] if named else None,
+                      LANGUAGE.findall(self.content(b"language")), self.line(b"location")]
+        return words
 
 
-def decoded(raw: bytes, charset: bytes) -> str:
+def decoded(raw: bytes, encoding: bytes, charset: bytes) -> str:
+    """The text below a transfer encoding; of base64, what comes before the first fault."""
+    if encoding in (b"quoted-printable", b"q"):
+        raw = binascii.a2b_qp(raw, header=encoding == b"q")
+    elif encoding in (b"base64", b"b"):
+        digits = re.split(rb"[^A-Za-z0-9+/]", raw.translate(None, b" \t\r\n"), 1)[0]
+        raw = binascii.a2b_base64(digits[:len(digits) - (len(digits) % 4 == 1)] + b"===")
     name = charset.decode("latin-1").lower().replace("-", "_")
     return raw.decode(name if name in CHARSETS else "utf-8", "replace")
-
-
-def untransferred(raw: bytes, encoding: bytes) -> bytes:
-    """The content below a transfer encoding; of base64, what comes before the first fault."""
-    if encoding in (b"quoted-printable", b"q"):
-        return binascii.a2b_qp(raw, header=encoding == b"q")
-    if encoding in (b"base64", b"b"):
-        digits = re.split(rb"[^A-Za-z0-9+/]", raw.translate(None, b" \t\r\n"), 1)[0]
-        return binascii.a2b_base64(digits[:len(digits) - (len(digits) % 4 == 1)] + b"===")
-    return raw if encoding in (b"", b"7bit", b"8bit", b"binary") else b""
 
 
 def decoded_words(value: bytes) -> str:
     """A header's text with folds and encoded words (RFC 2047) undone."""
     def plain(word: re.Match[bytes]) -> bytes:
-        text = decoded(untransferred(word[3], word[2].lower()), word[1])
-        return text.encode("utf-8", "replace")
+        return decoded(word[3], word[2].lower(), word[1]).encode("utf-8", "replace")
 
-    value = re.sub(rb"\r\n[ \t]+", b" ", value)
-    return ENCODED_WORD.sub(plain, value).decode("utf-8", "replace")
+    return ENCODED_WORD.sub(plain, re.sub(rb"\r\n[ \t]+", b" ", value)).decode("utf-8", "replace")
 
 
-class Message:
-    """One message, parsed as far as it is asked about; all offsets are those with CRLF."""
+class Message(Part):
+    """A message, which is its outermost part; all offsets are those with CRLF."""
 
     def __init__(self, raw: bytes) -> None:
         if raw.count(b"\n") != raw.count(b"\r\n"):
             raw = raw.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-        self.data, self.size, self.total = raw, len(raw), 0
-        self.parts: list[Part] = []  # all of them in order, once `root` has been asked for
-        self.numbered: dict[Numbers, Part] = {}
+        super().__init__(raw, 0, (), None)
+        self.read()
 
-    @cached_property
-    def header(self) -> Fields:
-        """The message's own fields, found without looking for parts."""
-        return header_fields(self.data[:self.boundary(HEADER_END, 0, ())[0]])
-
-    @cached_property
-    def root(self) -> Part:
-        self.read(None, 0, (), ())
-        return self.parts[0]
-
-    def boundary(self, before: re.Pattern[bytes], at: int, texts: Texts) -> tuple[int, int]:
-        """Where what is at `at` ends; by which boundary: the exact, else the longest, -1: none."""
-        for match in before.finditer(self.data, max(at - 1, 0)):
-            if match[0] == b"\r\n":
-                return match.end(), -1
-            if self.total < MAX_PARTS and self.data.startswith(texts, match.end()):
-                line = self.data[match.end():match.end() + MAX_BOUNDARY + 4].partition(b"\r\n")[0]
-                fits = [index for index, text in enumerate(texts) if line.startswith(text)]
-                exact = [index for index in fits if line in (texts[index], texts[index] + b"--")]
-                longest = max(fits, key=lambda index: (len(texts[index]), index))
-                return match.end() - 2, exact[-1] if exact else longest
-        return len(self.data), -1
-
-    def read(self, parent: Part | None, start: int, number: Numbers, texts: Texts) -> int:
-        """Read a part, and those in it, up to one of these boundaries; where it ends."""
-        self.total += 1
-        at, stopped = self.boundary(HEADER_END, start, texts)
-        part = Part(parent, start, at, header_fields(self.data[start:at]))
-        self.parts.append(part)
-        if parent:
-            parent.children.append(part)
-        mine, boundary = None, part.named.get(b"boundary")
-        if part.depth >= MAX_DEPTH or self.total >= MAX_PARTS and part.kind == "message":
-            part.kind = "opaque" if part.kind in ("multipart", "message") else part.kind
-        elif part.kind == "multipart" and boundary is not None and stopped < 0:
-            mine, texts = len(texts), (*texts, boundary[:MAX_BOUNDARY])
-        self.numbered.setdefault(number, part)  # RFC 3501 6.4.5: what is not multipart has a part 1
-        if part.kind != "multipart" and not (part.inside and part.kind == "message"):
-            number += (1,)
-            self.numbered.setdefault(number, part)
-        if part.kind == "message":
-            at = self.read(part, at, number, texts)
-        while True:
-            line, index = self.boundary(BODY_END, at, texts)
-            if index != mine:
-                break
-            after = line + 2 + len(texts[index])
-            at = self.data.find(b"\n", after) + 1 or len(self.data)
-            if self.data.startswith(b"--", after):
-                mine, texts = None, texts[:-1]
-            elif self.data.startswith(b"\n", at - 1):
-                at = self.read(part, at, (*number, len(part.children) + 1), texts)
-        part.end = at = line if index < 0 or line == at else line - 2
-        if line == part.body < len(self.data):
-            part.body = part.end = max(line - 2, start)  # the boundary owns the line end
-        return at
-
-    def envelope(self, part: Part | None = None) -> bytes:
-        """ENVELOPE; of several fields of a name all addresses count, or the last text."""
-        fields = part.fields if part else self.header
-        text, people = dict(fields), {}
-        for name in (b"from", b"sender", b"reply-to", b"to", b"cc", b"bcc"):
-            rows = [b"(%b %b %b %b)" % (quoted_human(row[0]), *map(quoted, row[1:]))
-                    for field, value in fields if field == name for row in addresses(value)]
-            people[name] = b"(%b)" % b"".join(rows) if rows else b"NIL"
-            if not rows and name in (b"sender", b"reply-to"):
-                people[name] = people[b"from"]
-        return b"(%b)" % b" ".join([
-            quoted_line(text.get(b"date")), quoted_human(text.get(b"subject")), *people.values(),
-            quoted_line(text.get(b"in-reply-to")), quoted_line(text.get(b"message-id"))])
-
-    def bodystructure(self, extended: bool, part: Part | None = None) -> bytes:
-        """BODYSTRUCTURE, or BODY; it recurses, but not deeper than MAX_DEPTH."""
-        part = part or self.root
-        if part.kind == "multipart":
-            parts = [self.bodystructure(extended, child) for child in part.children]
-            parts = parts or [NO_PART % (b" NIL NIL NIL NIL" * extended)]
-            words = [b"".join(parts), quoted(part.media[1])]
-            more = quoted_list(part.media[2])
-        else:
-            text = part.kind == "text" and b"charset" not in part.named
-            found = part.media[2] + [(b"charset", b"us-ascii")] * text
-            encoding, rest = part.word(b"transfer-encoding")
-            words = [*map(quoted, MEDIA_OF.get(part.kind, part.media[:2])), quoted_list(found),
-                     part.line(b"id"), part.line(b"description"),
-                     quoted(encoding if encoding and not rest else b"7bit"),
-                     b"%d" % (part.end - part.body)]
-            for child in part.children:
-                words += [self.envelope(child), self.bodystructure(extended, child)]
-            if part.kind in ("text", "message"):
-                words.append(b"%d" % self.data.count(b"\n", part.body, part.end))
-            more = part.line(b"md5")
-        if extended:
-            words += [more, *part.extension()]
-        return b"(%b)" % b" ".join(words)
-
-    def section(self, part: tuple[int, ...], what: str, fields: tuple[str, ...]) -> bytes | None:
+    def section(self, part: Numbers, what: str, fields: tuple[str, ...]) -> bytes | None:
         """BODY[part.what (fields)]; None if there is no such part."""
-        found = self.root and self.numbered.get(part)
+        found = self.numbered.get(part)
         if found and part and what not in ("", "MIME"):
             found = found.children[0] if found.kind == "message" else None
-        if not found or what == "MIME" and not part:
+        if not found:
             return None
         start = found.body if what == "TEXT" or part and not what else found.start
         text = self.data[start:found.end if what in ("", "TEXT") else found.body]
@@ -3576,34 +3515,31 @@ class Message:
         return b"".join(line for line in lines if exclude != (
             line.partition(b":")[0].rstrip(b" \t").lower() in names)) + b"\r\n" * blank
 
-    def header_text(self, name: str) -> str:
+    def header_text(self, name: str) -> str | None:
+        """The decoded fields of this name, a line each; None if there are none."""
         wanted = name.lower().encode()
-        return "\n".join(decoded_words(value) for field, value in self.header if field == wanted)
-
-    def has_header(self, name: str) -> bool:
-        return name.lower().encode() in dict(self.header)
+        found = [decoded_words(value) for key, value in self.fields if key == wanted]
+        return "\n".join(found) if found else None
 
     def text(self, with_header: bool) -> str:
         """What BODY and TEXT search: the text parts; for TEXT the headers of all parts too."""
         found = []
-        self.root  # noqa: B018
         for part in self.parts:
             if with_header:
                 found.append(decoded_words(self.data[part.start:part.body]))
             if not part.children and part.media[0].lower() in (b"text", b"message"):
-                encoding = uncommented(dict(part.fields).get(b"content-transfer-encoding", b""))
-                encoding = encoding.partition(b";")[0].strip().lower()
-                body = untransferred(self.data[part.body:part.end], encoding)
-                found.append(decoded(body, part.named.get(b"charset", b"")))
+                encoding = dict(part.fields).get(b"content-transfer-encoding", b"")
+                encoding = FIRST_WORD.findall(encoding)[0][0].lower()
+                charset = part.named.get(b"charset", b"")
+                found.append(decoded(self.data[part.body:part.end], encoding, charset))
         return "\n".join(found)
 
-    def sent_date(self) -> datetime.date | None:
+    def sent_day(self) -> float:
         """The day as written in the Date field: the SENT keys disregard the time zone."""
-        found = email.utils.parsedate_tz(self.header_text("Date").partition("\n")[0][:200])
-        try:
-            return datetime.date(*found[:3]) if found else None
-        except ValueError:
-            return None
+        found = email.utils.parsedate_tz(self.header_text("Date") or "") or (0, 0, 0)
+        with contextlib.suppress(ValueError, OverflowError):
+            return datetime.date(*found[:3]).toordinal()
+        return math.nan  # which is before and after nothing
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4096,8 +4032,8 @@ class Candidate:
 
     def size(self) -> int:
         if self.row.size is None:
-            self.sizes[self.row.uid] = self.message.size
-        return self.row.size or self.message.size
+            self.sizes[self.row.uid] = len(self.message.data)
+        return self.row.size or len(self.message.data)
 
     def when(self) -> datetime.datetime:
         seconds = self.view.index.date(self.box, self.row)
@@ -4106,14 +4042,9 @@ class Candidate:
     def day(self) -> int:
         return self.when().toordinal()
 
-    def sent_day(self) -> float:
-        sent = self.message.sent_date()
-        return sent.toordinal() if sent else math.nan  # which is before and after nothing
-
     def has(self, name: str, text: str) -> bool:
-        if not text:
-            return self.message.has_header(name)
-        return text in self.message.header_text(name).casefold()
+        found = self.message.header_text(name)
+        return found is not None and text in found.casefold()
 
     def value(self, item: Item) -> bytes:
         if item.kind in ITEMS:
@@ -4129,9 +4060,9 @@ ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {
     b"INTERNALDATE": lambda m: f'"{m.when():%d-%b-%Y %H:%M:%S %z}"'.encode(),
     b"RFC822.SIZE": lambda m: b"%d" % m.size(),
     b"MODSEQ": lambda m: b"(%d)" % m.row.modseq,
-    b"ENVELOPE": lambda m: m.message.envelope(),
-    b"BODY": lambda m: m.message.bodystructure(False),
-    b"BODYSTRUCTURE": lambda m: m.message.bodystructure(True),
+    b"ENVELOPE": lambda m: quoted(m.message.envelope()),
+    b"BODY": lambda m: quoted(m.message.structure(False)),
+    b"BODYSTRUCTURE": lambda m: quoted(m.message.structure(True)),
 }
 INDEXED = (b"UID", b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"MODSEQ")  # first in an answer
 
@@ -4151,9 +4082,9 @@ SEARCH_KEYS: dict[str, tuple[tuple[Callable[[Parser], Any], ...], int, Callable[
     "BEFORE": ((Parser.day,), 1, lambda m, day: m.day() < day),
     "ON": ((Parser.day,), 1, lambda m, day: m.day() == day),
     "SINCE": ((Parser.day,), 1, lambda m, day: m.day() >= day),
-    "SENTBEFORE": ((Parser.day,), 2, lambda m, day: m.sent_day() < day),
-    "SENTON": ((Parser.day,), 2, lambda m, day: m.sent_day() == day),
-    "SENTSINCE": ((Parser.day,), 2, lambda m, day: m.sent_day() >= day),
+    "SENTBEFORE": ((Parser.day,), 2, lambda m, day: m.message.sent_day() < day),
+    "SENTON": ((Parser.day,), 2, lambda m, day: m.message.sent_day() == day),
+    "SENTSINCE": ((Parser.day,), 2, lambda m, day: m.message.sent_day() >= day),
     "HEADER": ((Parser.header_name, Parser.words_sought), 2, Candidate.has),
     "BODY": ((Parser.words_sought,), 3, lambda m, t: t in m.message.text(False).casefold()),
     "TEXT": ((Parser.words_sought,), 3, lambda m, t: t in m.message.text(True).casefold()),
@@ -4187,7 +4118,7 @@ def flag_list(letters: str, keywords: str, recent: bool) -> str:
 
 def atom_or_quoted(name: str) -> bytes:
     plain = ATOM.fullmatch(name.encode("utf-8")) and name.upper() != "NIL"
-    return name.encode() if plain else quoted(name)
+    return name.encode() if plain else quoted(name.encode())
 
 
 def wildcard(pattern: str, name: str) -> bool:
