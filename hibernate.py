@@ -4783,33 +4783,23 @@ COMMANDS = {
     "passwd": ("[SCHEME]", "read a password, print a passwd-file entry (SSHA512, PBKDF2, PLAIN)"),
 }
 
-PROGRAM = Program(
-    "hibernate",
-    roles=(
-        Role(
-            "imap-login", LoginSession, ("1000", "4", "1", "60 s"), sheds=True, unit="pre-login",
-            listener="imap", port=1143,
-        ),
-        Role("auth", AuthSession, ("1000", "2", "1", "60 s"), requests=True, trusted=True, unit=""),
-        Role("imap", ImapSession, ("100", "8", "1", "60 s"), keeper="imap-hibernate", trusted=True),
-        Role("imap-hibernate", ImapSession, ("19000", "64", "0", "60 s"), wakes="imap"),
-    ),
-    settings=(
-        Setting("mail_location", "string", "maildir:mail/%u", "%u user, %n before @, %d after"),
-        Setting("passwd_file", "path", "users", "lines user:{SCHEME}password"),
-        Setting("auth_failure_delay", "time", "2 s", "before a wrong password is answered"),
-        Setting("@max_line_length", "size", "64 k", "longest command line"),
-        Setting("mail_max_message_size", "size", "50 M", "largest message of an APPEND"),
-    ),
-    prefix="imap_",
-)  # fmt: skip
+PROGRAM = Program("hibernate", (
+    Role("imap-login", LoginSession, ("1000", "4", "1", "60 s"), sheds=True, unit="pre-login",
+         listener="imap", port=1143),
+    Role("auth", AuthSession, ("1000", "2", "1", "60 s"), requests=True, trusted=True, unit=""),
+    Role("imap", ImapSession, ("100", "8", "1", "60 s"), keeper="imap-hibernate", trusted=True),
+    Role("imap-hibernate", ImapSession, ("19000", "64", "0", "60 s"), wakes="imap"),
+), (
+    Setting("mail_location", "string", "maildir:mail/%u", "%u user, %n before @, %d after"),
+    Setting("passwd_file", "path", "users", "lines user:{SCHEME}password"),
+    Setting("auth_failure_delay", "time", "2 s", "before a wrong password is answered"),
+    Setting("@max_line_length", "size", "64 k", "longest command line"),
+    Setting("mail_max_message_size", "size", "50 M", "largest message of an APPEND"),
+), "imap_")
 
-WELCOME = """\
-From: hibernate.py <hibernate@localhost>
-To: demo <demo@localhost>
+WELCOME = """From: hibernate.py <hibernate@localhost>
 Subject: Welcome
-Date: {date}
-Message-ID: <welcome@localhost>
+Date: {}
 
 Your session is awake. Send IDLE, wait half a minute, and it sleeps in imap-hibernate;
 deliver a message to this Maildir, or send DONE, and it wakes.
@@ -4826,17 +4816,11 @@ def home_of(config: Config, user: str) -> str:
     return os.path.normpath(os.path.join(config.folder, path.removeprefix("maildir:")))
 
 
-class Arguments(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise Failure(64, f"{self.prog}: {message}\n{self.format_usage()}".rstrip())
-
-
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     rows = [f"  {name} {operand}".ljust(22) + text for name, (operand, text) in COMMANDS.items()]
-    parser = Arguments(
+    parser = argparse.ArgumentParser(
         "hibernate.py", epilog="\n".join(["commands:", *rows]), allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("-c", dest="file", metavar="FILE", help="default: hibernate.conf, or none without it")
     add("-n", dest="dump", action="store_true", help="print the settings that are not the default")
@@ -4858,6 +4842,8 @@ def main(arguments: list[str]) -> int:
     try:
         perform(parse_arguments(arguments))
         return 0
+    except SystemExit as end:  # argparse has printed the help, or what is wrong
+        return 64 if end.code else 0
     except Failure as error:
         status, reason = error.status, str(error)
     except (PermissionError, FileNotFoundError) as error:
@@ -4870,24 +4856,17 @@ def main(arguments: list[str]) -> int:
 def perform(options: argparse.Namespace) -> None:
     if options.command == "passwd":
         return make_password(options.operand or "SSHA512")
-    if options.file is None and os.path.exists("hibernate.conf"):
-        options.file = "hibernate.conf"
-    config = Config(PROGRAM, options.file or "")
+    usual = "hibernate.conf" if os.path.exists("hibernate.conf") else ""
+    config = Config(PROGRAM, usual if options.file is None else options.file)
     if not config.mail_location.startswith("maildir:"):
         config.fail(config.lines["mail_location"], "mail_location: only maildir:PATH is known")
     if options.dump:
         print(f"# {__version__}: {config.path or 'no configuration'}", *config.dump(), sep="\n")
-    elif options.check:
-        pass
-    elif options.command == "run":
-        serve(config)
-    elif options.command == "deliver":
-        deliver_message(config, options.operand)
-    else:
-        control(config, options)
+    elif not options.check:
+        {"run": serve, "deliver": deliver_message}.get(options.command, control)(config, options)
 
 
-def serve(config: Config) -> None:
+def serve(config: Config, options: argparse.Namespace) -> None:
     # Titles are written over the arguments: with too little room, start once more with some.
     if len(" ".join(sys.orig_argv)) < 80 and os.path.exists("/proc/self/stat"):
         os.execv(sys.executable, [*sys.orig_argv, "--title-room=" + "." * 80])
@@ -4919,8 +4898,7 @@ def make_demo(config: Config) -> list[str]:
         file.write(f"demo:{encode_password('SSHA512', password)}\n")
     home = home_of(config, "demo")
     if not os.path.exists(home):
-        text = WELCOME.format(date=email.utils.formatdate(localtime=True))
-        deliver(home, io.BytesIO(text.replace("\n", "\r\n").encode()))
+        deliver(home, io.BytesIO(WELCOME.format(email.utils.formatdate(localtime=True)).encode()))
     return ["user: demo", f"password: {password}"]
 
 
@@ -4932,10 +4910,10 @@ def make_password(scheme: str) -> None:
         raise Failure(64, error) from None
 
 
-def deliver_message(config: Config, user: str) -> None:
+def deliver_message(config: Config, options: argparse.Namespace) -> None:
     os.umask(0o077)
     try:
-        deliver(home_of(config, user), sys.stdin.buffer)
+        deliver(home_of(config, options.operand), sys.stdin.buffer)
     except ValueError as error:
         raise Failure(64, error) from None
     except OSError as error:  # 75, EX_TEMPFAIL: a mail server keeps the message and tries again
@@ -4945,49 +4923,46 @@ def deliver_message(config: Config, user: str) -> None:
 
 def control(config: Config, options: argparse.Namespace) -> None:
     """Send one command to the master, print what comes back until the connection's end."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(10)
-    try:
-        sock.connect(config.inbox("master"))
-    except (FileNotFoundError, ConnectionRefusedError):
-        raise Failure(75, f"hibernate is not running in {config.base_dir}") from None
-    sock.send(f"{options.command} {options.operand}".strip().encode())
-    text = b""
-    with contextlib.suppress(TimeoutError):
-        while data := sock.recv(1 << 20):
-            text += data
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(10)
+        try:
+            sock.connect(config.inbox("master"))
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise Failure(75, f"hibernate is not running in {config.base_dir}") from None
+        sock.send(f"{options.command} {options.operand}".strip().encode())
+        text = b""
+        with contextlib.suppress(TimeoutError):  # of who does not answer; the others have
+            while data := sock.recv(1 << 20):
+                text += data
+    if text.startswith(b"refused"):
+        raise Failure(78, text.decode())
     if options.command in ("reload", "stop"):
-        if text.startswith(b"refused"):
-            raise Failure(78, text.decode())
-        print(text.decode(), end="\n" if text else "")
-        return
+        return print(text.decode(), end="\n" if text else "")
     rows: dict[object, dict[str, Any]] = {}
     for line in text.splitlines():
         row = json.loads(line)
         rows.setdefault(row.get("session", line), row)  # moving, it may have been told twice
-    if options.json:
-        for row in rows.values():
-            print(json.dumps(row))
-    elif options.command == "kick":
+    if options.command == "kick":
         print(f"{sum(row['kicked'] for row in rows.values())} sessions ended")
-    else:
+    elif options.json:
+        print(*map(json.dumps, rows.values()), sep="\n", end="\n" if rows else "")
+    elif rows:
         print_table(list(rows.values()))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
+    def shown(name: str, value: Any) -> str:
+        if name == "since" and value:
+            return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+        if isinstance(value, dict):
+            value = ", ".join(f"{count} {what}" for what, count in value.items())
+        return "-" if value in (None, "") else str(value)
+
     names = list(dict.fromkeys(itertools.chain(*rows)))
     table = [names, *([shown(name, row.get(name)) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table)]
-    for cells in table if rows else ():
+    for cells in table:
         print("  ".join(map(str.ljust, cells, widths)).rstrip())
-
-
-def shown(name: str, value: Any) -> str:
-    if name == "since" and value:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
-    if isinstance(value, dict):
-        value = ", ".join(f"{count} {what}" for what, count in value.items())
-    return "-" if value in (None, "") else str(value)
 
 
 if __name__ == "__main__":
