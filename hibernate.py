@@ -137,9 +137,6 @@ class Failure(Exception):
 class ConfigError(Failure):
     """`FILE:LINE: reason`; the command line exits with 78 (EX_CONFIG)."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(78, text)
-
 
 class Setting(NamedTuple):
     name: str  # one that begins with "@" is spelled with the program's prefix in the file
@@ -154,7 +151,7 @@ class Role:
 
     name: str
     session: type[Session]
-    limits: tuple[str, str, str, str] = ("1000", "1", "1", "60 s")  # defaults of LIMITS
+    limits: tuple[str, str, str, str] = ("1000", "1", "1", "60 s")  # of LIMITS
     keeper: str = ""  # the service in which its sessions sleep; "" = they never do
     wakes: str = ""  # makes it a keeper: the service in which its sleepers wake
     requests: bool = False  # its inbox takes questions, not sessions
@@ -190,6 +187,8 @@ LIMITS = (
     Setting("process_limit", "count", "", "processes of this service"),
     Setting("process_min_avail", "number", "", "processes with room, kept in reserve"),
     Setting("idle_kill", "time", "", "idle processes above the reserve end after this"),
+)
+RIGHTS = (
     Setting("user", "user", "", "run as this user, if started by root"),
     Setting("group", "group", "", "run with this group, if started by root"),
 )
@@ -201,14 +200,14 @@ LISTENER = (
 LINE = re.compile(
     r"""\s* (?: ([\w.]+) \s* = \s*+ ((["']) ((?: \\["'\\] | (?!\3)[^\\] )*) \3 | (?!["']) .*?)
             | (\w+) \s+ "?([\w.-]+)"? \s* \{
-            | (\}) )? \s* (?: (?<!\S) \#.* )?""", re.VERBOSE
-)  # fmt: skip
-TIME = r"(\d{1,9})\s*(ms(?:ecs?)?|s(?:ecs?|econds?)?|m(?:ins?|inutes?)?|h(?:ours?)?|d(?:ays?)?)"
-SIZE = r"(\d{1,9})\s*([kmgt]?)i?b?"
-SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+            | (\}) )? \s* (?: (?<!\S) \#.* )?""", re.VERBOSE)
+UNITS: dict[str, dict[str, float]] = {  # any beginning of a name will do
+    "size": {"b": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40},
+    "time": {"secs": 1.0, "seconds": 1.0, "mins": 60.0, "minutes": 60.0, "msecs": 0.001,
+             "hours": 3600.0, "days": 86400.0},
+}
 RANGES = {"count": range(1, 10**9), "number": range(10**9), "port": range(65536)}
-SWITCH = {"yes": True, "y": True, "no": False, "n": False}
-EXAMPLES = {"time": " such as '30 s'", "size": " such as '64 k'", "bool": ", yes or no"}
+BLOCKS = ("service", "inet_listener", "")  # in the file, in a service, in a listener
 
 
 def read(kind: str, text: str) -> Any:
@@ -217,35 +216,29 @@ def read(kind: str, text: str) -> Any:
     >>> read("time", "2 mins"), read("time", "200msecs"), read("size", "64 k"), read("bool", "No")
     (120.0, 0.2, 65536, False)
     """
-    if kind == "time" and text == "0":
-        return 0.0  # as in Dovecot, only zero may go without its unit
-    if kind == "time" and (match := re.fullmatch(TIME, text.lower())):
-        return int(match[1]) * (0.001 if match[2][:2] == "ms" else SECONDS[match[2][0]])
-    if kind == "size" and (match := re.fullmatch(SIZE, text.lower())):
-        return int(match[1]) * 1024 ** " kmgt".index(match[2] or " ")
-    if kind == "bool" and text.lower() in SWITCH:
-        return SWITCH[text.lower()]
-    if re.fullmatch("[0-9]{1,9}", text) and int(text) in RANGES.get(kind, ()):
-        return int(text)
-    if kind == "address":
-        return str(ipaddress.ip_address(text))  # numeric: no resolver can hold up a start
+    number, unit = (re.findall(r"\A([0-9]{1,9})\s*([a-z]*)\Z", text.lower()) or [("", "")])[0]
+    if number and not unit and int(number) in RANGES.get(kind, ()):
+        return int(number)
+    for name, factor in UNITS.get(kind, {}).items() if number else ():
+        # As in Dovecot, of times only zero may go without its unit.
+        if name.startswith(unit) and (unit or kind == "size" or not int(number)):
+            return int(number) * factor
     with contextlib.suppress(KeyError):
+        if kind == "bool":
+            return {"yes": True, "y": True, "no": False, "n": False}[text.lower()]
+        if kind == "address":
+            return str(ipaddress.ip_address(text))  # numeric: no resolver can hold up a start
         if text and kind in ("user", "group"):
             return pwd.getpwnam(text).pw_name if kind == "user" else grp.getgrnam(text).gr_name
         if kind in ("string", "path", "user", "group"):
             return text
-    raise ValueError(f"{text!r} is not a {kind}{EXAMPLES.get(kind, '')}")
+    raise ValueError(f"{text!r} is not a {kind}" + " with its unit" * (kind == "time"))
 
 
 class Section:
     """The settings of one block, read as attributes: the file's value, else the default."""
 
-    def __init__(
-        self, title: str, table: tuple[Setting, ...], defaults: Sequence[str] = (), prefix: str = ""
-    ) -> None:
-        rows = [row._replace(default=text) for row, text in zip(table, defaults)]
-        rows += table[len(defaults):]
-        self.title = title
+    def __init__(self, rows: Sequence[Setting], prefix: str = "") -> None:
         self.rows = {row.name.replace("@", prefix): row for row in rows}
         self.values = {row.name.strip("@"): read(row.kind, row.default) for row in rows}
         self.lines: dict[str, int] = collections.defaultdict(int)  # where the file sets it
@@ -261,28 +254,28 @@ class Section:
     def put(self, key: str, text: str, written: str, line: int) -> None:
         """Read one `key = value`; ValueError says what is wrong with it."""
         if key not in self.rows:
-            raise ValueError(f"unknown setting in {self.title}")
+            raise ValueError("there is no such setting here")
         row = self.rows[key]
         self.values[row.name.strip("@")] = value = read(row.kind, text)
         self.lines[key], self.changed[key] = line, written
         if value == read(row.kind, row.default):
             del self.changed[key]
 
-    def open(self, kind: str, name: str) -> Section:
+    def open(self, name: str) -> Section:
         """The section inside this one; ValueError if there can be none."""
-        title = f"{kind} {name}"
-        if self.listener and kind == "inet_listener" and name not in self.sections:
-            self.sections[name] = Section(title, LISTENER, [str(self.listener.port)])
-        if name not in self.sections or self.sections[name].title != title:
-            raise ValueError(f"section '{title}' is unknown in {self.title}")
+        if self.listener and name not in self.sections:
+            port = LISTENER[0]._replace(default=str(self.listener.port))
+            self.sections[name] = Section((port, *LISTENER[1:]))
+        if name not in self.sections:
+            raise ValueError(f"there is no {name} here")
         return self.sections[name]
 
-    def dump(self) -> list[str]:
+    def dump(self, blocks: Sequence[str] = BLOCKS) -> list[str]:
         """What differs from the defaults, as the parser reads it."""
         lines = [f"{key} = {written}" for key, written in self.changed.items()]
-        for section in self.sections.values():
-            if inner := section.dump():
-                lines += [f"{section.title} {{", *(f"  {line}" for line in inner), "}"]
+        for name, section in self.sections.items():
+            if inner := section.dump(blocks[1:]):
+                lines += [f"{blocks[0]} {name} {{", *(f"  {line}" for line in inner), "}"]
         return lines
 
 
@@ -290,17 +283,16 @@ class Config(Section):
     """All settings of a program; without a file, the defaults. ConfigError names a mistake."""
 
     def __init__(self, program: Program, path: str = "") -> None:
-        super().__init__("the file", (*SETTINGS, *program.settings), (), program.prefix)
+        super().__init__((*SETTINGS, *program.settings), program.prefix)
         self.program, self.path = program, path
-        self.folder = os.path.dirname(os.path.abspath(path)) if path else os.getcwd()
+        self.folder = os.path.abspath(os.path.dirname(path))
         for role in program.roles:
-            section = Section(f"service {role.name}", LIMITS, role.limits)
-            section.listener = role if role.listener else None
-            self.sections[role.name] = section
+            limits = (row._replace(default=text) for row, text in zip(LIMITS, role.limits))
+            self.sections[role.name] = Section((*limits, *RIGHTS))
+            self.sections[role.name].listener = role if role.listener else None
         try:
-            if path:
-                with open(path, encoding="utf-8", errors="replace") as file:
-                    self.parse(file.read().split("\n"))
+            with open(path or os.devnull, encoding="utf-8", errors="replace") as file:
+                self.parse(file.read().split("\n"))
         except OSError as error:
             self.fail(0, str(error.strerror))
         self.finish()
@@ -309,46 +301,48 @@ class Config(Section):
         return os.path.join(self.base_dir, service)
 
     def fail(self, line: int, reason: str) -> NoReturn:
-        raise ConfigError(f"{self.path or 'defaults'}:{line}: {reason}")
+        raise ConfigError(78, f"{self.path or 'defaults'}:{line}: {reason}")
 
     def parse(self, lines: list[str]) -> None:
         """Dovecot's syntax: `key = value`, `service NAME {`, `inet_listener NAME {`, `}`."""
         stack: list[Section] = [self]
         for number, line in enumerate(lines, 1):
+            match = LINE.fullmatch(line)
+            if not match:
+                self.fail(number, "expected 'key = value', 'service NAME {', or '}'")
+            key, written, _, quoted, kind, name, closing = match.groups()
             try:
-                match = LINE.fullmatch(line)
-                if not match:
-                    raise ValueError("expected 'key = value', 'service NAME {', or '}'")
-                key, written, _, quoted, kind, name, closing = match.groups()
                 if key:
                     text = written if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
                     stack[-1].put(key, text, written, number)
+                elif kind and kind != BLOCKS[len(stack) - 1]:
+                    raise ValueError(f"there can be no {kind} here")
                 elif kind:
-                    stack.append(stack[-1].open(kind, name))
+                    stack.append(stack[-1].open(name))
                 elif closing and stack.pop() is self:
                     raise ValueError("this '}' closes nothing")
             except ValueError as error:
-                self.fail(number, f"{key}: {error}" if match and key else str(error))
+                self.fail(number, f"{key}: {error}" if key else str(error))
         if len(stack) > 1:
-            self.fail(len(lines), f"'}}' is missing: {stack[-1].title} is still open")
+            self.fail(len(lines), "'}' is missing")
 
     def finish(self) -> None:
         """Paths, which are relative to the file's own folder, and the checks of the whole."""
-        for name in [row.name for row in self.rows.values() if row.kind == "path"]:
-            if path := os.path.expanduser(self.values[name]):
-                self.values[name] = os.path.normpath(os.path.join(self.folder, path))
+        for row in self.rows.values():
+            if row.kind == "path" and (path := os.path.expanduser(self.values[row.name])):
+                self.values[row.name] = os.path.normpath(os.path.join(self.folder, path))
         if max(len(os.fsencode(self.inbox(name + ".new"))) for name in self.sections) > 107:
             # sockaddr_un.sun_path, unix(7)
             self.fail(self.lines["base_dir"], "base_dir: too long for a socket's name")
         for name, service in self.sections.items():
-            reserve, limit = service.process_min_avail, service.process_limit
             if service.listener and not service.sections:
-                service.open("inet_listener", service.listener.listener)
-            if reserve > limit:
+                service.open(service.listener.listener)
+            spare = service.process_limit - service.process_min_avail
+            if spare < 0:
                 line = max(service.lines.values())
                 self.fail(line, f"{name}: process_min_avail is above process_limit")
             for listener in service.sections.values():
-                if listener.reuse_port and reserve != limit:
+                if listener.reuse_port and spare:
                     reason = f"reuse_port: {name} needs process_min_avail = process_limit"
                     self.fail(listener.lines["reuse_port"], reason)
 
