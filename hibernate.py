@@ -3218,7 +3218,6 @@ def reflag(path: bytes, how: str, flags: str) -> bytes:
 # ------------------------------------------------------------------------------------------------
 
 MAX_DEPTH, MAX_PARTS, MAX_BOUNDARY = 100, 10_000, 80  # a part beyond these stays opaque
-NUL = "\ufffd".encode()
 ATOM_CHAR, MIME = rb"[!#-'*+\-/-9=?A-Z^-~\x80-\xff]", rb"[!#-'*+\-.0-9A-Z^-~\x80-\xff]"
 QUOTED, DOTTED = rb'"(?:[^"\\]++|\\.)*+"', rb"(?:%b|\.)++" % ATOM_CHAR
 COMMENT = rb"\((?:[^()\\]++|\\.|\((?:[^()\\]++|\\.|\([^()]*+\))*+\))*+\)"  # nests three deep
@@ -3262,20 +3261,21 @@ def quoted(value: Any) -> bytes:
     if isinstance(value, list | tuple):
         items = map(quoted, value)
         return b"".join(items) if isinstance(value, tuple) else b"(%b)" % b" ".join(items)
-    raw = value.replace(b"\0", b"\x80")  # literals must not hold it either
+    raw = value.replace(b"\0", "\ufffd".encode())  # not even a literal can hold it
     literal = isinstance(value, bytearray) or re.search(rb'[\r\n]|(?:["\\][^"\\]*){5}', raw)
     if literal or not raw.isascii():
         return b"{%d}\r\n%b" % (len(raw), raw)
     return b'"%b"' % re.sub(rb'(["\\])', rb"\\\1", raw)
 
 
-def unfolded(value: bytes | None) -> bytes | None:
-    return value and re.sub(rb"\r?\n", b"", value).replace(b"\0", NUL)
+def by_name(fields: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """The fields unfolded; of several of one name, the last."""
+    return {name: value.replace(b"\r\n", b"") for name, value in fields}
 
 
 def human(value: bytes | None) -> bytes | bytearray | None:
     """A subject or name: white space is squeezed, and anything special makes it a literal."""
-    text = re.sub(rb"[ \t\r\n]+", b" ", value or b"").strip(b" ").replace(b"\0", NUL)
+    text = re.sub(rb"[ \t\r\n]+", b" ", value or b"").strip(b" ")
     special = text != value or re.search(rb'[\x80-\xff"\\]', text)
     return bytearray(text) if text and special else value and text
 
@@ -3283,7 +3283,7 @@ def human(value: bytes | None) -> bytes | bytearray | None:
 def unquoted(text: bytes) -> bytes:
     """What a word, a quoted string or a comment means."""
     text = text[1:-1] if text[:1] in (b'"', b"(") else text
-    return re.sub(rb"\r?\n|\\([^\r\n\0])", rb"\1", text).replace(b"\0", NUL)
+    return re.sub(rb"\r?\n|\\([^\r\n\0])", rb"\1", text)
 
 
 def phrase(text: bytes | None) -> bytes:
@@ -3306,10 +3306,9 @@ def addresses(value: bytes) -> list[list[Any]]:
             grouped = True
             found.append([None, None, phrase(group), None])
         name, mailbox = phrase(match["name"]), phrase(user)
-        comments = [text for text, _ in TOKEN.findall(box) if text not in (b"", b"()")]
         if match["angle"]:
             host = b"SYNTAX_ERROR" if not match["end"] or at and not host else host
-        elif comments:
+        elif comments := [text for text, _ in TOKEN.findall(box) if text not in (b"", b"()")]:
             name = unquoted(comments[-1])
         elif not at and (match["more"] or user[:1] == b'"'):
             name, mailbox = phrase(box), b""
@@ -3360,7 +3359,7 @@ class Part:
         self.depth: int = parent.depth + 1 if parent else 1
         self.body = self.end = self.boundary(HEADER_END, start)[0]
         self.fields = header_fields(data[start:self.body])
-        self.first = dict(reversed(self.fields))
+        self.first = by_name(reversed(self.fields))
         digest = parent and parent.media[1].lower() == b"digest"
         usual = b"message/rfc822" if digest else b"text/plain"
         media = MEDIA.match(self.content(b"type", usual)) if self.depth < MAX_DEPTH else None
@@ -3419,12 +3418,8 @@ class Part:
         return at
 
     def content(self, name: bytes, usual: bytes = b"") -> bytes:
-        """A Content- field without comments."""
         value = self.first.get(b"content-" + name, usual)
-        return TOKEN.sub(rb"\2 ", value) if b"(" in value else value
-
-    def line(self, name: bytes) -> bytes | None:
-        return unfolded(self.first.get(b"content-" + name))
+        return TOKEN.sub(rb"\2 ", value) if b"(" in value else value  # comments go
 
     def envelope(self) -> list[Any]:
         """ENVELOPE; of several fields of a name all addresses count, or the last text."""
@@ -3432,11 +3427,10 @@ class Part:
             rows = [row for key, value in self.fields if key == name for row in addresses(value)]
             return [tuple(rows)] if rows else []
 
-        text, author = dict(self.fields), people(b"from")
-        return [unfolded(text.get(b"date")), human(text.get(b"subject")), author,
+        last, author = by_name(self.fields), people(b"from")
+        return [last.get(b"date"), human(dict(self.fields).get(b"subject")), author,
                 people(b"sender") or author, people(b"reply-to") or author, people(b"to"),
-                people(b"cc"), people(b"bcc"), unfolded(text.get(b"in-reply-to")),
-                unfolded(text.get(b"message-id"))]
+                people(b"cc"), people(b"bcc"), last.get(b"in-reply-to"), last.get(b"message-id")]
 
     def structure(self, extended: bool) -> list[Any]:
         """BODYSTRUCTURE, or BODY; it recurses, but not deeper than MAX_DEPTH."""
@@ -3448,18 +3442,19 @@ class Part:
             implied = self.kind == "text" and b"charset" not in self.named
             encoding, rest = FIRST_WORD.findall(self.content(b"transfer-encoding"))[0]
             words = [*self.media, self.parameters + [b"charset", b"us-ascii"] * implied,
-                     self.line(b"id"), self.line(b"description"),
+                     self.first.get(b"content-id"), self.first.get(b"content-description"),
                      encoding if encoding and not rest else b"7bit", self.end - self.body]
             for child in self.children:
                 words += [child.envelope(), child.structure(extended)]
             if self.kind:
                 words.append(self.data.count(b"\n", self.body, self.end))
-            more = self.line(b"md5")
+            more = self.first.get(b"content-md5")
         if extended:
             word, rest = FIRST_WORD.findall(self.content(b"disposition"))[0]
             named = b"content-disposition" in self.first
             words += [more, [word, parameters(rest)] if named else None,
-                      LANGUAGE.findall(self.content(b"language")), self.line(b"location")]
+                      LANGUAGE.findall(self.content(b"language")),
+                      self.first.get(b"content-location")]
         return words
 
 
