@@ -3240,7 +3240,7 @@ PARAMETER = re.compile(  # the digits and asterisks are RFC 2231's
     % (MIME, QUOTED, MIME), re.S)
 FIRST_WORD = re.compile(rb"\s*(%b*)\s*(.*)" % MIME, re.S)
 LANGUAGE = re.compile(rb"(?:\A\s*|,\s*)(%b+)" % ATOM_CHAR)
-HEADER_END, BODY_END = re.compile(rb"^(?:\r\n|--)", re.M), re.compile(rb"\n--")
+HEADER_END, DASHES = re.compile(rb"^(?:\r\n|(?=--))|\Z", re.M), re.compile(rb"\n--")
 ENCODED_WORD = re.compile(
     rb"=\?([^?*]*+)(?:\*[^?]*+)?\?([bq])\?([^?]*+)\?=(?:[ \t\r\n]++(?==\?))?", re.I)
 # Only what is in Python's own table: looking up any other name imports, and is never forgotten.
@@ -3329,11 +3329,10 @@ def parameters(value: bytes) -> list[bytes]:
     >>> parameters(b"; a=1; b*1*=%C3; b*0*=utf-8''x; c=\"d e\"")
     [b'a', b'1', b'c', b'd e', b'b*', b"utf-8''x%C3"]
     """
-    found, pieces = list[bytes](), dict[bytes, list[tuple[int, bytes, bytes, bytes]]]()
+    found, pieces = list[bytes](), collections.defaultdict[bytes, list[Any]](list)
     for name, number, star, text in PARAMETER.findall(value):
         if number or star:
-            row = int(number or 0), star, unquoted(text), name
-            pieces.setdefault(name.lower(), []).append(row)
+            pieces[name.lower()].append((int(number or 0), star, unquoted(text), name))
         else:
             found += [name, unquoted(text)]
     for _, rows in sorted(pieces.items()):
@@ -3348,16 +3347,42 @@ def parameters(value: bytes) -> list[bytes]:
     return found
 
 
-class Part:
-    """A part of a message: its header from `start`, its body from `body` to `end`."""
+def decoded(raw: bytes, encoding: bytes, charset: bytes) -> str:
+    """The text below a transfer encoding; of base64, what comes before the first fault."""
+    if encoding in (b"quoted-printable", b"q"):
+        raw = binascii.a2b_qp(raw, header=encoding == b"q")
+    elif encoding in (b"base64", b"b"):
+        digits = re.split(rb"[^A-Za-z0-9+/]", raw.translate(None, b" \t\r\n"), 1)[0]
+        raw = binascii.a2b_base64(digits[:len(digits) - (len(digits) % 4 == 1)] + b"===")
+    name = charset.decode("latin-1").lower().replace("-", "_")
+    return raw.decode(name if name in CHARSETS else "utf-8", "replace")
 
-    def __init__(self, data: bytes, start: int, number: Numbers, parent: Part | None) -> None:
-        self.data, self.start, self.children = data, start, list[Part]()
-        self.parts: list[Part] = parent.parts if parent else []  # all of the message, in order
-        self.numbered: dict[Numbers, Part] = parent.numbered if parent else {}
+
+def decoded_words(value: bytes) -> str:
+    """A header's text with folds and encoded words (RFC 2047) undone."""
+    def plain(word: re.Match[bytes]) -> bytes:
+        return decoded(word[3], word[2].lower(), word[1]).encode("utf-8", "replace")
+
+    return ENCODED_WORD.sub(plain, re.sub(rb"\r\n[ \t]+", b" ", value)).decode("utf-8", "replace")
+
+
+class Message:
+    """A message, or a part of one: its header from `start`, its body from `body` to `end`.
+    All offsets are those with CRLF."""
+
+    def __init__(
+        self, data: bytes, start: int = 0, number: Numbers = (), parent: Message | None = None
+    ) -> None:
+        if not parent:
+            data = data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+        self.data, self.start, self.children = data, start, list[Message]()
+        self.parts: list[Message] = parent.parts if parent else []  # all of them, in order
+        self.numbered: dict[Numbers, Message] = parent.numbered if parent else {}
         self.opened: tuple[bytes, ...] = parent.opened if parent else ()  # boundaries
         self.depth: int = parent.depth + 1 if parent else 1
-        self.body = self.end = self.boundary(HEADER_END, start)[0]
+        ends = (match.end() for match in HEADER_END.finditer(data, start) if match[0]
+                or match.end() == len(data) or data.startswith(self.opened, match.end() + 2))
+        self.body = self.end = next(ends)  # after the blank line, or at a boundary
         self.fields = header_fields(data[start:self.body])
         self.first = by_name(reversed(self.fields))
         digest = parent and parent.media[1].lower() == b"digest"
@@ -3374,35 +3399,33 @@ class Part:
         inside = parent is not None and parent.kind == "multipart"
         if not inside and not {b"mime-version", b"content-type"} & set(self.first):
             self.first = {}
-        if parent:
-            parent.children.append(self)
         self.parts.append(self)
         self.numbered.setdefault(number, self)
         if self.kind != "multipart" and not (inside and self.kind == "message"):
             number += (1,)  # RFC 3501 6.4.5: what is not multipart has a part 1
             self.numbered.setdefault(number, self)
-        self.number = number
+        self.after = self.read(number)
+        if parent:
+            parent.children.append(self)
 
-    def boundary(self, end: re.Pattern[bytes], at: int) -> tuple[int, bytes | None]:
-        """Where the header or body from `at` ends, and the boundary that ends it."""
-        for match in end.finditer(self.data, max(at - 1, 0)):
-            if match[0] == b"\r\n":
-                return match.end(), None
+    def boundary(self, at: int) -> tuple[int, bytes | None]:
+        """The next line that begins with an open boundary, and the longest such."""
+        for match in DASHES.finditer(self.data, max(at - 1, 0)):
             if self.data.startswith(self.opened, match.end()) and len(self.parts) < MAX_PARTS:
                 fits = (text for text in self.opened if self.data.startswith(text, match.end()))
                 return match.end() - 2, max(fits, key=len)
         return len(self.data), None
 
-    def read(self) -> int:
+    def read(self, number: Numbers) -> int:
         """Read the body and what is in it, up to the boundary of another; where it ends."""
         at, mine = self.body, None
         if self.kind == "message":
-            at = Part(self.data, at, self.number, self).read()
+            at = Message(self.data, at, number, self).after
         elif self.kind == "multipart" and b"boundary" in self.named:
             mine = self.named[b"boundary"][:MAX_BOUNDARY]
             self.opened += (mine,)
         while True:
-            line, text = self.boundary(BODY_END, at)
+            line, text = self.boundary(at)
             if text is None or text != mine:
                 break
             after = line + 2 + len(text)
@@ -3410,8 +3433,7 @@ class Part:
             if self.data.startswith(b"--", after):
                 mine, self.opened = None, self.opened[:-1]
             elif self.data.startswith(b"\n", at - 1):
-                number = (*self.number, len(self.children) + 1)
-                at = Part(self.data, at, number, self).read()
+                at = Message(self.data, at, (*number, len(self.children) + 1), self).after
         self.end = at = line if line == at or text is None else line - 2
         if line == self.body < len(self.data):
             self.body = self.end = max(line - 2, self.start)  # the boundary owns the line end
@@ -3456,35 +3478,6 @@ class Part:
                       LANGUAGE.findall(self.content(b"language")),
                       self.first.get(b"content-location")]
         return words
-
-
-def decoded(raw: bytes, encoding: bytes, charset: bytes) -> str:
-    """The text below a transfer encoding; of base64, what comes before the first fault."""
-    if encoding in (b"quoted-printable", b"q"):
-        raw = binascii.a2b_qp(raw, header=encoding == b"q")
-    elif encoding in (b"base64", b"b"):
-        digits = re.split(rb"[^A-Za-z0-9+/]", raw.translate(None, b" \t\r\n"), 1)[0]
-        raw = binascii.a2b_base64(digits[:len(digits) - (len(digits) % 4 == 1)] + b"===")
-    name = charset.decode("latin-1").lower().replace("-", "_")
-    return raw.decode(name if name in CHARSETS else "utf-8", "replace")
-
-
-def decoded_words(value: bytes) -> str:
-    """A header's text with folds and encoded words (RFC 2047) undone."""
-    def plain(word: re.Match[bytes]) -> bytes:
-        return decoded(word[3], word[2].lower(), word[1]).encode("utf-8", "replace")
-
-    return ENCODED_WORD.sub(plain, re.sub(rb"\r\n[ \t]+", b" ", value)).decode("utf-8", "replace")
-
-
-class Message(Part):
-    """A message, which is its outermost part; all offsets are those with CRLF."""
-
-    def __init__(self, raw: bytes) -> None:
-        if raw.count(b"\n") != raw.count(b"\r\n"):
-            raw = raw.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-        super().__init__(raw, 0, (), None)
-        self.read()
 
     def section(self, part: Numbers, what: str, fields: tuple[str, ...]) -> bytes | None:
         """BODY[part.what (fields)]; None if there is no such part."""
