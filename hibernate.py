@@ -3239,15 +3239,13 @@ PARAMETER = re.compile(  # the digits and asterisks are RFC 2231's
     rb';\s*+(%b+?)(?:\*([0-9]{1,9}))?+(\*?)\s*+=\s*+(%b|=[^; \t\r\n]*+|%b++|(?!"))'
     % (MIME, QUOTED, MIME), re.S)
 FIRST_WORD = re.compile(rb"\s*(%b*)\s*(.*)" % MIME, re.S)
-LANGUAGE = re.compile(rb"(?:\A\s*|,\s*)(%b+)" % ATOM_CHAR)
+LANGUAGE = re.compile(rb"(?:\A\s*|(?<=[^\s,])\s*,\s*)(%b+)" % ATOM_CHAR)
 HEADER_END, DASHES = re.compile(rb"^(?:\r\n|(?=--))|\Z", re.M), re.compile(rb"\n--")
 ENCODED_WORD = re.compile(
     rb"=\?([^?*]*+)(?:\*[^?]*+)?\?([bq])\?([^?]*+)\?=(?:[ \t\r\n]++(?==\?))?", re.I)
 # Only what is in Python's own table: looking up any other name imports, and is never forgotten.
 CHARSETS = {name for name in (*aliases, *aliases.values(), "koi8_u", "cp874")
             if not re.search("codec|rot_13|mbcs", aliases.get(name, name))}
-
-NO_PART = [b"text", b"plain", [b"charset", b"us-ascii"], None, None, b"7bit", 0, 0]
 Numbers = tuple[int, ...]
 
 
@@ -3305,16 +3303,16 @@ def addresses(value: bytes) -> list[list[Any]]:
         if group is not None:
             grouped = True
             found.append([None, None, phrase(group), None])
-        name, mailbox = phrase(match["name"]), phrase(user)
+        name, mailbox = phrase(match["name"]), phrase(user) if user else b"MISSING_MAILBOX"
         if match["angle"]:
             host = b"SYNTAX_ERROR" if not match["end"] or at and not host else host
         elif comments := [text for text, _ in TOKEN.findall(box) if text not in (b"", b"()")]:
             name = unquoted(comments[-1])
         elif not at and (match["more"] or user[:1] == b'"'):
-            name, mailbox = phrase(box), b""
+            name, mailbox = phrase(box), b"MISSING_MAILBOX"
         if group is None or box or match["next"] and not match["close"]:
-            found.append([human(name or None), match["route"],
-                          mailbox or b"MISSING_MAILBOX", host or b"MISSING_DOMAIN"])
+            host = host or b"MISSING_DOMAIN"
+            found.append([human(name or None), match["route"], mailbox, host])
         if grouped and (match["close"] or not match["next"]):
             grouped = False
             found.append([None] * 4)
@@ -3457,8 +3455,8 @@ class Message:
     def structure(self, extended: bool) -> list[Any]:
         """BODYSTRUCTURE, or BODY; it recurses, but not deeper than MAX_DEPTH."""
         if self.kind == "multipart":
-            inner = tuple(child.structure(extended) for child in self.children)
-            words: list[Any] = [inner or NO_PART + [None] * 4 * extended, self.media[1]]
+            inner = self.children or [Message(b"")]  # the grammar wants one
+            words: list[Any] = [tuple(child.structure(extended) for child in inner), self.media[1]]
             more: Any = self.parameters
         else:
             implied = self.kind == "text" and b"charset" not in self.named
