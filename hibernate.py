@@ -187,8 +187,6 @@ LIMITS = (
     Setting("process_limit", "count", "", "processes of this service"),
     Setting("process_min_avail", "number", "", "processes with room, kept in reserve"),
     Setting("idle_kill", "time", "", "idle processes above the reserve end after this"),
-)
-RIGHTS = (
     Setting("user", "user", "", "run as this user, if started by root"),
     Setting("group", "group", "", "run with this group, if started by root"),
 )
@@ -287,8 +285,9 @@ class Config(Section):
         self.program, self.path = program, path
         self.folder = os.path.abspath(os.path.dirname(path))
         for role in program.roles:
-            limits = (row._replace(default=text) for row, text in zip(LIMITS, role.limits))
-            self.sections[role.name] = Section((*limits, *RIGHTS))
+            texts = *role.limits, "", ""
+            rows = [row._replace(default=text) for row, text in zip(LIMITS, texts)]
+            self.sections[role.name] = Section(rows)
             self.sections[role.name].listener = role if role.listener else None
         try:
             with open(path or os.devnull, encoding="utf-8", errors="replace") as file:
@@ -4820,7 +4819,16 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit status of sysexits(3)."""
     try:
-        perform(parse_arguments(arguments))
+        options = parse_arguments(arguments)
+        usual = "hibernate.conf" if os.path.exists("hibernate.conf") else ""
+        config = Config(PROGRAM, usual if options.file is None else options.file)
+        if not config.mail_location.startswith("maildir:"):
+            config.fail(config.lines["mail_location"], "mail_location: only maildir:PATH is known")
+        if options.dump:
+            print(f"# {__version__}: {config.path or 'no configuration'}", *config.dump(), sep="\n")
+        elif not options.check:
+            ours = {"run": serve, "deliver": deliver_message, "passwd": make_password}
+            ours.get(options.command, control)(config, options)
         return 0
     except SystemExit as end:  # argparse has printed the help, or what is wrong
         return 64 if end.code else 0
@@ -4831,19 +4839,6 @@ def main(arguments: list[str]) -> int:
         reason = f"{error.filename}: {error.strerror}"
     print(reason, file=sys.stderr)
     return status
-
-
-def perform(options: argparse.Namespace) -> None:
-    if options.command == "passwd":
-        return make_password(options.operand or "SSHA512")
-    usual = "hibernate.conf" if os.path.exists("hibernate.conf") else ""
-    config = Config(PROGRAM, usual if options.file is None else options.file)
-    if not config.mail_location.startswith("maildir:"):
-        config.fail(config.lines["mail_location"], "mail_location: only maildir:PATH is known")
-    if options.dump:
-        print(f"# {__version__}: {config.path or 'no configuration'}", *config.dump(), sep="\n")
-    elif not options.check:
-        {"run": serve, "deliver": deliver_message}.get(options.command, control)(config, options)
 
 
 def serve(config: Config, options: argparse.Namespace) -> None:
@@ -4882,10 +4877,10 @@ def make_demo(config: Config) -> list[str]:
     return ["user: demo", f"password: {password}"]
 
 
-def make_password(scheme: str) -> None:
+def make_password(config: Config, options: argparse.Namespace) -> None:
     password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
     try:
-        print(encode_password(scheme, password))
+        print(encode_password(options.operand or "SSHA512", password))
     except ValueError as error:
         raise Failure(64, error) from None
 
