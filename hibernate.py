@@ -46,7 +46,6 @@ import collections
 import contextlib
 import ctypes
 import datetime
-import email
 import email.utils
 import enum
 import errno
@@ -3443,8 +3442,9 @@ class Message:
     def envelope(self) -> list[Any]:
         """ENVELOPE; of several fields of a name all addresses count, or the last text."""
         def people(name: bytes) -> list[Any]:
-            rows = [row for key, value in self.fields if key == name for row in addresses(value)]
-            return [tuple(rows)] if rows else []
+            rows = (row for key, value in self.fields if key == name for row in addresses(value))
+            found = tuple(itertools.islice(rows, MAX_PARTS))
+            return [found] if found else []
 
         last, author = by_name(self.fields), people(b"from")
         return [last.get(b"date"), human(dict(self.fields).get(b"subject")), author,
