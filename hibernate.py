@@ -46,7 +46,6 @@ import collections
 import contextlib
 import ctypes
 import datetime
-import email
 import email.utils
 import enum
 import errno
@@ -139,9 +138,6 @@ class Failure(Exception):
 class ConfigError(Failure):
     """`FILE:LINE: reason`; the command line exits with 78 (EX_CONFIG)."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(78, text)
-
 
 class Setting(NamedTuple):
     name: str  # one that begins with "@" is spelled with the program's prefix in the file
@@ -156,7 +152,7 @@ class Role:
 
     name: str
     session: type[Session]
-    limits: tuple[str, str, str, str] = ("1000", "1", "1", "60 s")  # defaults of LIMITS
+    limits: tuple[str, str, str, str] = ("1000", "1", "1", "60 s")  # of LIMITS
     keeper: str = ""  # the service in which its sessions sleep; "" = they never do
     wakes: str = ""  # makes it a keeper: the service in which its sleepers wake
     requests: bool = False  # its inbox takes questions, not sessions
@@ -203,14 +199,14 @@ LISTENER = (
 LINE = re.compile(
     r"""\s* (?: ([\w.]+) \s* = \s*+ ((["']) ((?: \\["'\\] | (?!\3)[^\\] )*) \3 | (?!["']) .*?)
             | (\w+) \s+ "?([\w.-]+)"? \s* \{
-            | (\}) )? \s* (?: (?<!\S) \#.* )?""", re.VERBOSE
-)  # fmt: skip
-TIME = r"(\d{1,9})\s*(ms(?:ecs?)?|s(?:ecs?|econds?)?|m(?:ins?|inutes?)?|h(?:ours?)?|d(?:ays?)?)"
-SIZE = r"(\d{1,9})\s*([kmgt]?)i?b?"
-SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+            | (\}) )? \s* (?: (?<!\S) \#.* )?""", re.VERBOSE)
+UNITS: dict[str, dict[str, float]] = {  # any beginning of a name will do
+    "size": {"b": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40},
+    "time": {"secs": 1.0, "seconds": 1.0, "mins": 60.0, "minutes": 60.0, "msecs": 0.001,
+             "hours": 3600.0, "days": 86400.0},
+}
 RANGES = {"count": range(1, 10**9), "number": range(10**9), "port": range(65536)}
-SWITCH = {"yes": True, "y": True, "no": False, "n": False}
-EXAMPLES = {"time": " such as '30 s'", "size": " such as '64 k'", "bool": ", yes or no"}
+BLOCKS = ("service", "inet_listener", "")  # in the file, in a service, in a listener
 
 
 def read(kind: str, text: str) -> Any:
@@ -219,35 +215,29 @@ def read(kind: str, text: str) -> Any:
     >>> read("time", "2 mins"), read("time", "200msecs"), read("size", "64 k"), read("bool", "No")
     (120.0, 0.2, 65536, False)
     """
-    if kind == "time" and text == "0":
-        return 0.0  # as in Dovecot, only zero may go without its unit
-    if kind == "time" and (match := re.fullmatch(TIME, text.lower())):
-        return int(match[1]) * (0.001 if match[2][:2] == "ms" else SECONDS[match[2][0]])
-    if kind == "size" and (match := re.fullmatch(SIZE, text.lower())):
-        return int(match[1]) * 1024 ** " kmgt".index(match[2] or " ")
-    if kind == "bool" and text.lower() in SWITCH:
-        return SWITCH[text.lower()]
-    if re.fullmatch("[0-9]{1,9}", text) and int(text) in RANGES.get(kind, ()):
-        return int(text)
-    if kind == "address":
-        return str(ipaddress.ip_address(text))  # numeric: no resolver can hold up a start
+    number, unit = (re.findall(r"\A([0-9]{1,9})\s*([a-z]*)\Z", text.lower()) or [("", "")])[0]
+    if number and not unit and int(number) in RANGES.get(kind, ()):
+        return int(number)
+    for name, factor in UNITS.get(kind, {}).items() if number else ():
+        # As in Dovecot, of times only zero may go without its unit.
+        if name.startswith(unit) and (unit or kind == "size" or not int(number)):
+            return int(number) * factor
     with contextlib.suppress(KeyError):
+        if kind == "bool":
+            return {"yes": True, "y": True, "no": False, "n": False}[text.lower()]
+        if kind == "address":
+            return str(ipaddress.ip_address(text))  # numeric: no resolver can hold up a start
         if text and kind in ("user", "group"):
             return pwd.getpwnam(text).pw_name if kind == "user" else grp.getgrnam(text).gr_name
         if kind in ("string", "path", "user", "group"):
             return text
-    raise ValueError(f"{text!r} is not a {kind}{EXAMPLES.get(kind, '')}")
+    raise ValueError(f"{text!r} is not a {kind}" + " with its unit" * (kind == "time"))
 
 
 class Section:
     """The settings of one block, read as attributes: the file's value, else the default."""
 
-    def __init__(
-        self, title: str, table: tuple[Setting, ...], defaults: Sequence[str] = (), prefix: str = ""
-    ) -> None:
-        rows = [row._replace(default=text) for row, text in zip(table, defaults)]
-        rows += table[len(defaults):]
-        self.title = title
+    def __init__(self, rows: Sequence[Setting], prefix: str = "") -> None:
         self.rows = {row.name.replace("@", prefix): row for row in rows}
         self.values = {row.name.strip("@"): read(row.kind, row.default) for row in rows}
         self.lines: dict[str, int] = collections.defaultdict(int)  # where the file sets it
@@ -263,28 +253,28 @@ class Section:
     def put(self, key: str, text: str, written: str, line: int) -> None:
         """Read one `key = value`; ValueError says what is wrong with it."""
         if key not in self.rows:
-            raise ValueError(f"unknown setting in {self.title}")
+            raise ValueError("there is no such setting here")
         row = self.rows[key]
         self.values[row.name.strip("@")] = value = read(row.kind, text)
         self.lines[key], self.changed[key] = line, written
         if value == read(row.kind, row.default):
             del self.changed[key]
 
-    def open(self, kind: str, name: str) -> Section:
+    def open(self, name: str) -> Section:
         """The section inside this one; ValueError if there can be none."""
-        title = f"{kind} {name}"
-        if self.listener and kind == "inet_listener" and name not in self.sections:
-            self.sections[name] = Section(title, LISTENER, [str(self.listener.port)])
-        if name not in self.sections or self.sections[name].title != title:
-            raise ValueError(f"section '{title}' is unknown in {self.title}")
+        if self.listener and name not in self.sections:
+            port = LISTENER[0]._replace(default=str(self.listener.port))
+            self.sections[name] = Section((port, *LISTENER[1:]))
+        if name not in self.sections:
+            raise ValueError(f"there is no {name} here")
         return self.sections[name]
 
-    def dump(self) -> list[str]:
+    def dump(self, blocks: Sequence[str] = BLOCKS) -> list[str]:
         """What differs from the defaults, as the parser reads it."""
         lines = [f"{key} = {written}" for key, written in self.changed.items()]
-        for section in self.sections.values():
-            if inner := section.dump():
-                lines += [f"{section.title} {{", *(f"  {line}" for line in inner), "}"]
+        for name, section in self.sections.items():
+            if inner := section.dump(blocks[1:]):
+                lines += [f"{blocks[0]} {name} {{", *(f"  {line}" for line in inner), "}"]
         return lines
 
 
@@ -292,17 +282,17 @@ class Config(Section):
     """All settings of a program; without a file, the defaults. ConfigError names a mistake."""
 
     def __init__(self, program: Program, path: str = "") -> None:
-        super().__init__("the file", (*SETTINGS, *program.settings), (), program.prefix)
+        super().__init__((*SETTINGS, *program.settings), program.prefix)
         self.program, self.path = program, path
-        self.folder = os.path.dirname(os.path.abspath(path)) if path else os.getcwd()
+        self.folder = os.path.abspath(os.path.dirname(path))
         for role in program.roles:
-            section = Section(f"service {role.name}", LIMITS, role.limits)
-            section.listener = role if role.listener else None
-            self.sections[role.name] = section
+            texts = *role.limits, "", ""
+            rows = [row._replace(default=text) for row, text in zip(LIMITS, texts)]
+            self.sections[role.name] = Section(rows)
+            self.sections[role.name].listener = role if role.listener else None
         try:
-            if path:
-                with open(path, encoding="utf-8", errors="replace") as file:
-                    self.parse(file.read().split("\n"))
+            with open(path or os.devnull, encoding="utf-8", errors="replace") as file:
+                self.parse(file.read().split("\n"))
         except OSError as error:
             self.fail(0, str(error.strerror))
         self.finish()
@@ -311,46 +301,48 @@ class Config(Section):
         return os.path.join(self.base_dir, service)
 
     def fail(self, line: int, reason: str) -> NoReturn:
-        raise ConfigError(f"{self.path or 'defaults'}:{line}: {reason}")
+        raise ConfigError(78, f"{self.path or 'defaults'}:{line}: {reason}")
 
     def parse(self, lines: list[str]) -> None:
         """Dovecot's syntax: `key = value`, `service NAME {`, `inet_listener NAME {`, `}`."""
         stack: list[Section] = [self]
         for number, line in enumerate(lines, 1):
+            match = LINE.fullmatch(line)
+            if not match:
+                self.fail(number, "expected 'key = value', 'service NAME {', or '}'")
+            key, written, _, quoted, kind, name, closing = match.groups()
             try:
-                match = LINE.fullmatch(line)
-                if not match:
-                    raise ValueError("expected 'key = value', 'service NAME {', or '}'")
-                key, written, _, quoted, kind, name, closing = match.groups()
                 if key:
                     text = written if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
                     stack[-1].put(key, text, written, number)
+                elif kind and kind != BLOCKS[len(stack) - 1]:
+                    raise ValueError(f"there can be no {kind} here")
                 elif kind:
-                    stack.append(stack[-1].open(kind, name))
+                    stack.append(stack[-1].open(name))
                 elif closing and stack.pop() is self:
                     raise ValueError("this '}' closes nothing")
             except ValueError as error:
-                self.fail(number, f"{key}: {error}" if match and key else str(error))
+                self.fail(number, f"{key}: {error}" if key else str(error))
         if len(stack) > 1:
-            self.fail(len(lines), f"'}}' is missing: {stack[-1].title} is still open")
+            self.fail(len(lines), "'}' is missing")
 
     def finish(self) -> None:
         """Paths, which are relative to the file's own folder, and the checks of the whole."""
-        for name in [row.name for row in self.rows.values() if row.kind == "path"]:
-            if path := os.path.expanduser(self.values[name]):
-                self.values[name] = os.path.normpath(os.path.join(self.folder, path))
+        for row in self.rows.values():
+            if row.kind == "path" and (path := os.path.expanduser(self.values[row.name])):
+                self.values[row.name] = os.path.normpath(os.path.join(self.folder, path))
         if max(len(os.fsencode(self.inbox(name + ".new"))) for name in self.sections) > 107:
             # sockaddr_un.sun_path, unix(7)
             self.fail(self.lines["base_dir"], "base_dir: too long for a socket's name")
         for name, service in self.sections.items():
-            reserve, limit = service.process_min_avail, service.process_limit
             if service.listener and not service.sections:
-                service.open("inet_listener", service.listener.listener)
-            if reserve > limit:
+                service.open(service.listener.listener)
+            spare = service.process_limit - service.process_min_avail
+            if spare < 0:
                 line = max(service.lines.values())
                 self.fail(line, f"{name}: process_min_avail is above process_limit")
             for listener in service.sections.values():
-                if listener.reuse_port and reserve != limit:
+                if listener.reuse_port and spare:
                     reason = f"reuse_port: {name} needs process_min_avail = process_limit"
                     self.fail(listener.lines["reuse_port"], reason)
 
@@ -2478,7 +2470,7 @@ class Master:
             check = subprocess.run([*command, "--check"], capture_output=True, timeout=CHECK_TIME)
             if check.returncode:
                 text = check.stderr[:4000].decode("utf-8", "replace").strip()
-                raise ConfigError(text or f"the check ended with {check.returncode}")
+                raise Failure(78, text or f"the check ended with {check.returncode}")
             config = Config(self.config.program, self.config.path)
             if config.base_dir != self.config.base_dir:
                 config.fail(config.lines["base_dir"], "base_dir can't change: sessions live in it")
@@ -3037,346 +3029,272 @@ open_index = lru_cache(INDEXES_OPEN)(Index)
 # ------------------------------------------------------------------------------------------------
 
 MAX_DEPTH, MAX_PARTS, MAX_BOUNDARY = 100, 10_000, 80  # a part beyond these stays opaque
-NUL = "\ufffd".encode()
-ATEXT, MIME = rb"!#-'*+\-/-9=?A-Z^-~\x80-\xff", rb"!#-'*+\-.0-9A-Z^-~\x80-\xff"
-QUOTED = rb'"((?:[^"\\]++|\\.)*+)"'
+ATOM_CHAR, MIME = rb"[!#-'*+\-/-9=?A-Z^-~\x80-\xff]", rb"[!#-'*+\-.0-9A-Z^-~\x80-\xff]"
+QUOTED, DOTTED = rb'"(?:[^"\\]++|\\.)*+"', rb"(?:%b|\.)++" % ATOM_CHAR
 COMMENT = rb"\((?:[^()\\]++|\\.|\((?:[^()\\]++|\\.|\([^()]*+\))*+\))*+\)"  # nests three deep
-TOKEN = re.compile(  # space, comment, word, quoted string, domain literal; e: has no end
-    rb'(?P<s>[ \t\r\n]+)|(?P<c>%b)|(?P<w>[%b.]+)|(?P<q>%b)|(?P<d>\[(?:[^][\\]|\\.)*+\])'
-    rb'|(?P<e>["(].*)|.' % (COMMENT, ATEXT, QUOTED), re.S)
-# An address list as the letters of its tokens, which makes the grammar a regular one.
-GROUP = re.compile("([wq]*):")
-MAILBOX = re.compile(
-    "(?:(?P<name>[wq]*)(?P<angle><)(?P<route>(?:@[wd],*)+:?)?)?(?P<user>[wq]?)"
-    "(?P<at>@(?P<host>[wd]?))?(?(angle)(?P<end>>?)|(?(at)|(?P<more>[wq]*)))")
-HOST = re.compile(rb"\[.*\]|[%b]+(?:\.[%b]+)*+" % (ATEXT, ATEXT), re.S)
-MEDIA = re.compile(rb"\s*([%b]+)\s*(?:\Z|/\s*([%b]+)\s*(;.*|\Z))" % (MIME, MIME), re.S)
-KIND = re.compile(rb"(?P<text>text/)|(?P<message>message/rfc822\Z)|(?P<multipart>multipart/.)"
-                  rb"|(?P<opaque>multipart/)", re.I)
-PARAMETER = re.compile(
-    rb';\s*+([%b]++)\s*+=\s*+(?:%b|(=[^; \t\r\n]*+|[%b]++|(?!")))' % (MIME, QUOTED, MIME), re.S)
-PIECE = re.compile(rb"([^*]*)\*([0-9]{0,9})(\*?)")
-ONE_WORD = re.compile(rb"\s*([%b]*)\s*" % MIME)
-LANGUAGES = re.compile(rb"\s*([%b]+(?:\s*,\s*[%b]+)*+)" % (ATEXT, ATEXT))
-HEADER_END, BODY_END = re.compile(rb"^(?:\r\n|--)", re.M), re.compile(rb"\n--")
+CFWS = rb"(?:[ \t\r\n]++|%b)*+" % COMMENT
+SPACE = re.compile(CFWS, re.S)
+TOKEN = re.compile(rb'(%b)|(%b|%b)|["(].*' % (COMMENT, QUOTED, DOTTED), re.S)  # the last: no end
+ADDRESS = re.compile(rb"""(?!\Z) (?: (?P<group> %(word)b*+) : %(s)b)?+
+    (?P<box> (?: (?P<name> %(word)b*+) (?P<angle> < %(s)b)
+                 (?: (?P<route> (?:@%(dots)b,?)++) : %(s)b)? )?
+             (?P<user> %(word)b?) (?P<at> @ %(s)b (?:(?P<host> %(host)b) | (?:%(dots)b)?) %(s)b)?
+             (?(angle) (?P<end> > %(s)b)? | (?(at) | (?P<more> %(word)b*+))) )
+    (?P<close> ; %(s)b)? (?P<next> , %(s)b)?""" % {
+        b"s": CFWS, b"word": rb"(?:(?:%b|%b)%b)" % (DOTTED, QUOTED, CFWS), b"dots": DOTTED,
+        b"host": rb"(?:\[(?:[^][\\]|\\.)*+\]|%b++(?:\.%b++)*+(?!\.))" % (ATOM_CHAR, ATOM_CHAR),
+    }, re.S | re.X)
+MEDIA = re.compile(rb"\s*(%b+)\s*(?:\Z|/\s*(%b+)\s*(;.*|\Z))" % (MIME, MIME), re.S)
+KIND = re.compile(b"(?P<text>text/)|(?P<message>message/rfc822$)|(?P<multipart>multipart/.)", re.I)
+PARAMETER = re.compile(  # the digits and asterisks are RFC 2231's
+    rb';\s*+(%b+?)(?:\*([0-9]{1,9}))?+(\*?)\s*+=\s*+(%b|=[^; \t\r\n]*+|%b++|(?!"))'
+    % (MIME, QUOTED, MIME), re.S)
+FIRST_WORD = re.compile(rb"\s*(%b*)\s*(.*)" % MIME, re.S)
+LANGUAGE = re.compile(rb"(?:\A\s*|(?<=[^\s,])\s*,\s*)(%b+)" % ATOM_CHAR)
+HEADER_END, DASHES = re.compile(rb"^(?:\r\n|(?=--))|\Z", re.M), re.compile(rb"\n--")
 ENCODED_WORD = re.compile(
     rb"=\?([^?*]*+)(?:\*[^?]*+)?\?([bq])\?([^?]*+)\?=(?:[ \t\r\n]++(?==\?))?", re.I)
 # Only what is in Python's own table: looking up any other name imports, and is never forgotten.
 CHARSETS = {name for name in (*aliases, *aliases.values(), "koi8_u", "cp874")
             if not re.search("codec|rot_13|mbcs", aliases.get(name, name))}
-MEDIA_OF: dict[str | None, tuple[bytes, bytes]] = {
-    "message": (b"message", b"rfc822"), "opaque": (b"application", b"octet-stream")}
-NO_PART = b'("text" "plain" ("charset" "us-ascii") NIL NIL "7bit" 0 0%b)'  # the grammar wants one
-
-Fields = list[tuple[bytes, bytes]]
-Texts = tuple[bytes, ...]  # the boundaries that are open, innermost last
 Numbers = tuple[int, ...]
-Address = tuple[bytes | None, bytes | None, bytes | None, bytes | None]  # name route mailbox host
 
 
-def quoted(text: bytes | str | None) -> bytes:
-    """An nstring: NIL, a quoted string, or a literal where that is needed or shorter."""
-    if text is None:
+def quoted(value: Any) -> bytes:
+    """None, numbers, strings and lists as IMAP writes them; a tuple is its items side by side.
+    A string is a literal where it must, where that is shorter, and if it is a bytearray."""
+    if value is None or value == []:
         return b"NIL"
-    raw = text.encode("utf-8", "replace") if isinstance(text, str) else text
-    raw = raw.replace(b"\0", b"\x80")  # literals must not hold it either
-    if not raw.isascii() or re.search(rb'[\r\n]|(?:["\\][^"\\]*){5}', raw):
+    if isinstance(value, int):
+        return b"%d" % value
+    if isinstance(value, list | tuple):
+        items = map(quoted, value)
+        return b"".join(items) if isinstance(value, tuple) else b"(%b)" % b" ".join(items)
+    raw = value.replace(b"\0", "\ufffd".encode())  # not even a literal can hold it
+    literal = isinstance(value, bytearray) or re.search(rb'[\r\n]|(?:["\\][^"\\]*){5}', raw)
+    if literal or not raw.isascii():
         return b"{%d}\r\n%b" % (len(raw), raw)
     return b'"%b"' % re.sub(rb'(["\\])', rb"\\\1", raw)
 
 
-def quoted_line(value: bytes | None) -> bytes:
-    """A header field's value as a string without line ends."""
-    value = value and re.sub(rb"[\r\n]+(?=[ \t\r\n]|\Z)", b"", value).replace(b"\0", NUL)
-    return quoted(value and re.sub(rb"[\r\n]", b" ", value))
+def by_name(fields: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """The fields unfolded; of several of one name, the last."""
+    return {name: value.replace(b"\r\n", b"") for name, value in fields}
 
 
-def quoted_human(value: bytes | None) -> bytes:
+def human(value: bytes | None) -> bytes | bytearray | None:
     """A subject or name: white space is squeezed, and anything special makes it a literal."""
-    text = re.sub(rb"[ \t\r\n]+", b" ", value or b"").strip(b" ").replace(b"\0", NUL)
-    if text and (text != value or re.search(rb'[\x80-\xff"\\]', text)):
-        return b"{%d}\r\n%b" % (len(text), text)
-    return quoted(value and text)
-
-
-def quoted_list(found: Sequence[tuple[bytes, ...]]) -> bytes:
-    return b"(%b)" % b" ".join(quoted(text) for row in found for text in row) if found else b"NIL"
+    text = re.sub(rb"[ \t\r\n]+", b" ", value or b"").strip(b" ")
+    special = text != value or re.search(rb'[\x80-\xff"\\]', text)
+    return bytearray(text) if text and special else value and text
 
 
 def unquoted(text: bytes) -> bytes:
-    """What the inside of a quoted string or comment means."""
-    return re.sub(rb"\r?\n|\\([^\r\n\0])", rb"\1", text).replace(b"\0", NUL)
+    """What a word, a quoted string or a comment means."""
+    text = text[1:-1] if text[:1] in (b'"', b"(") else text
+    return re.sub(rb"\r?\n|\\([^\r\n\0])", rb"\1", text)
 
 
-def uncommented(value: bytes) -> bytes:
-    kept = (match[0] for match in TOKEN.finditer(value) if match.lastgroup not in ("s", "c"))
-    return b" ".join(kept) if b"(" in value else value
+def phrase(text: bytes | None) -> bytes:
+    return b" ".join(unquoted(word) for _, word in TOKEN.findall(text or b"") if word)
 
 
-def header_fields(header: bytes) -> Fields:
+def header_fields(header: bytes) -> list[tuple[bytes, bytes]]:
     """(lower-case name, value with its folds) of each field in order; other lines are skipped."""
     lines = (line.partition(b":") for line in re.split(rb"\r\n(?![ \t])", header))
     return [(name.rstrip(b" \t").lower(), value.lstrip(b" \t") or value[1:])
-            for name, colon, value in lines if colon and b"\n" not in name and len(name) <= 1000]
+            for name, colon, value in lines if colon and b"\n" not in name]
 
 
-def addresses(value: bytes) -> list[Address]:
+def addresses(value: bytes) -> list[list[Any]]:
     """The addresses of a From, To, ... for ENVELOPE; faults are marked as Dovecot does."""
-    kinds, texts, comments, found = "", list[bytes](), list[bytes](), list[Address]()
-    for token in TOKEN.finditer(value):
-        text, kind = token[0], token.lastgroup or chr(token[0][0])  # a special is its own kind
-        if kind == "c" and comments:
-            comments[-1] = unquoted(text[1:-1])  # the last one after each token
-        elif kind not in ("c", "s"):
-            kinds += kind
-            texts.append(unquoted(text[1:-1] if kind == "q" else text))
-            comments.append(b"")
-    kinds, at, grouped = kinds + "$", 0, False  # a kind that no token is
-    while kinds[at] != "$" and len(found) < MAX_PARTS:
-        group = None if grouped else GROUP.match(kinds, at)
-        if group:
-            found.append((None, None, b" ".join(texts[at:group.end(1)]), None))
-            grouped, at = True, group.end()
-        if not group or kinds[at] not in "$;":
-            match = MAILBOX.match(kinds, at)
-            assert match is not None  # it matches nothing at all, too
-            comment = next(filter(None, reversed(comments[at:match.end()])), b"")
-            found.append(mailbox(match, texts, comment, kinds[match.end()] == "e"))
-            at = match.end()
-        if grouped and kinds[at] != ",":
-            found.append((None, None, None, None))
-            grouped, at = False, at + (kinds[at] == ";")
-        if kinds[at] != ",":  # garbage: the rest is not guessed at
+    found, grouped = list[list[Any]](), False
+    for match in ADDRESS.finditer(SPACE.sub(b"", value, 1)):
+        group, box, user, at, host = match.group("group", "box", "user", "at", "host")
+        if group is not None:
+            grouped = True
+            found.append([None, None, phrase(group), None])
+        name, mailbox = phrase(match["name"]), phrase(user) if user else b"MISSING_MAILBOX"
+        if match["angle"]:
+            host = b"SYNTAX_ERROR" if not match["end"] or at and not host else host
+        elif comments := [text for text, _ in TOKEN.findall(box) if text not in (b"", b"()")]:
+            name = unquoted(comments[-1])
+        elif not at and (match["more"] or user[:1] == b'"'):
+            name, mailbox = phrase(box), b"MISSING_MAILBOX"
+        if group is None or box or match["next"] and not match["close"]:
+            host = host or b"MISSING_DOMAIN"
+            found.append([human(name or None), match["route"], mailbox, host])
+        if grouped and (match["close"] or not match["next"]):
+            grouped = False
+            found.append([None] * 4)
+        if not match["next"] or len(found) >= MAX_PARTS:  # garbage: the rest is not guessed at
             break
-        at += 1
     return found
 
 
-def mailbox(match: re.Match[str], texts: list[bytes], comment: bytes, broken: bool) -> Address:
-    """The address of some tokens, however broken."""
-    def words(group: str) -> bytes | None:
-        glue = b" " if group in ("name", "more") else b""
-        return glue.join(texts[slice(*match.span(group))]) if match[group] else None
-
-    name, route, user, host, more = map(words, ("name", "route", "user", "host", "more"))
-    if broken or not HOST.fullmatch(host or b""):
-        host = None
-    if match["angle"]:
-        if route is not None:
-            route = re.sub(rb",+", b",", route[:-1]) if route[-1:] == b":" else b"INVALID_ROUTE"
-        if broken or not match["end"] or match["at"] and not host:
-            host = b"SYNTAX_ERROR"
-    elif comment:
-        name = comment
-    elif more:
-        name, user = (user or b"") + b" " + more, None
-    elif match["user"] == "q" and not match["at"]:
-        name, user = user, None
-    user = b"MISSING_MAILBOX" if user is None else user
-    return name or None, route, user, host or b"MISSING_DOMAIN"
-
-
-def parameters(value: bytes) -> Fields:
-    r"""The parameters of a media type or disposition, the pieces of RFC 2231 put together.
+def parameters(value: bytes) -> list[bytes]:
+    r"""Names and values of a media type or disposition, the pieces of RFC 2231 put together.
 
     >>> parameters(b"; a=1; b*1*=%C3; b*0*=utf-8''x; c=\"d e\"")
-    [(b'a', b'1'), (b'c', b'd e'), (b'b*', b"utf-8''x%C3")]
+    [b'a', b'1', b'c', b'd e', b'b*', b"utf-8''x%C3"]
     """
-    whole, pieces = [], []
-    for name, inside, bare in PARAMETER.findall(value):
-        text, piece = bare or unquoted(inside), PIECE.fullmatch(name)
-        if piece:
-            pieces.append((piece[1], int(piece[2] or 0), piece[3] if piece[2] else b"*", text))
+    found, pieces = list[bytes](), collections.defaultdict[bytes, list[Any]](list)
+    for name, number, star, text in PARAMETER.findall(value):
+        if number or star:
+            pieces[name.lower()].append((int(number or 0), star, unquoted(text), name))
         else:
-            whole.append((name, text))
-    pieces.sort(key=lambda piece: piece[:2])
-    for _, group in itertools.groupby(pieces, key=lambda piece: piece[0].lower()):
-        rows = list(group)
-        if [row[1] for row in rows] != list(range(len(rows))):  # some are missing: as they are
-            whole += [(b"%b*%d%b" % row[:3], row[3]) for row in rows]
+            found += [name, unquoted(text)]
+    for _, rows in sorted(pieces.items()):
+        rows.sort()
+        if [row[0] for row in rows] != [*range(len(rows))]:  # some are missing: as they are
+            for number, star, text, name in rows:
+                found += [b"%b*%d%b" % (name, number, star), text]
             continue
-        star = max(row[2] for row in rows)
-        texts = [row[3] if row[2] == star else row[3].replace(b"%", b"%25") for row in rows]
-        whole.append((rows[0][0] + star, b"''" * (rows[0][2] != star) + b"".join(texts)))
-    return whole
+        star = max(row[1] for row in rows)
+        texts = (row[2] if row[1] == star else row[2].replace(b"%", b"%25") for row in rows)
+        found += [rows[0][3] + star, b"".join(texts)]
+    return found
 
 
-class Part:
-    """A part of a message: its header from `start`, its body from `body` to `end`."""
-
-    def __init__(self, parent: Part | None, start: int, body: int, fields: Fields) -> None:
-        self.start, self.body, self.end, self.fields = start, body, body, fields
-        self.children: list[Part] = []
-        self.depth: int = parent.depth + 1 if parent else 1
-        self.inside = parent is not None and parent.kind == "multipart"
-        self.media: tuple[bytes, bytes, Fields] = b"text", b"plain", []
-        if parent and parent.media[1].lower() == b"digest":
-            self.media = b"message", b"rfc822", []
-        first = dict(reversed(fields))
-        if b"content-type" in first:
-            media = MEDIA.match(uncommented(first[b"content-type"]))
-            main, sub, more = media.groups(b"") if media else (b"", b"", b"")
-            self.media = main, sub, parameters(more)
-        self.named = {name.lower(): value for name, value in reversed(self.media[2])}
-        kind = KIND.match(b"%b/%b" % self.media[:2])
-        self.kind: str | None = kind and kind.lastgroup  # None: nothing that we look into
-        self.first = first if self.inside or {b"mime-version", b"content-type"} & set(first) else {}
-
-    def line(self, name: bytes) -> bytes:
-        """A Content- field of it as a string."""
-        return quoted_line(self.first.get(b"content-" + name))
-
-    def word(self, name: bytes) -> list[bytes]:
-        """The first word of a Content- field, and what is after it."""
-        return ONE_WORD.split(uncommented(self.first.get(b"content-" + name, b"")), 1)[1:]
-
-    def extension(self) -> list[bytes]:
-        """Disposition, language and location of BODYSTRUCTURE."""
-        word, rest = self.word(b"disposition")
-        disposition = b"(%b %b)" % (quoted(word), quoted_list(parameters(rest)))
-        match = LANGUAGES.match(uncommented(self.first.get(b"content-language", b"")))
-        languages = [(word.strip(),) for word in match[1].split(b",")] if match else []
-        return [disposition if b"content-disposition" in self.first else b"NIL",
-                quoted_list(languages), self.line(b"location")]
-
-
-def decoded(raw: bytes, charset: bytes) -> str:
+def decoded(raw: bytes, encoding: bytes, charset: bytes) -> str:
+    """The text below a transfer encoding; of base64, what comes before the first fault."""
+    if encoding in (b"quoted-printable", b"q"):
+        raw = binascii.a2b_qp(raw, header=encoding == b"q")
+    elif encoding in (b"base64", b"b"):
+        digits = re.split(rb"[^A-Za-z0-9+/]", raw.translate(None, b" \t\r\n"), 1)[0]
+        raw = binascii.a2b_base64(digits[:len(digits) - (len(digits) % 4 == 1)] + b"===")
     name = charset.decode("latin-1").lower().replace("-", "_")
     return raw.decode(name if name in CHARSETS else "utf-8", "replace")
-
-
-def untransferred(raw: bytes, encoding: bytes) -> bytes:
-    """The content below a transfer encoding; of base64, what comes before the first fault."""
-    if encoding in (b"quoted-printable", b"q"):
-        return binascii.a2b_qp(raw, header=encoding == b"q")
-    if encoding in (b"base64", b"b"):
-        digits = re.split(rb"[^A-Za-z0-9+/]", raw.translate(None, b" \t\r\n"), 1)[0]
-        return binascii.a2b_base64(digits[:len(digits) - (len(digits) % 4 == 1)] + b"===")
-    return raw if encoding in (b"", b"7bit", b"8bit", b"binary") else b""
 
 
 def decoded_words(value: bytes) -> str:
     """A header's text with folds and encoded words (RFC 2047) undone."""
     def plain(word: re.Match[bytes]) -> bytes:
-        text = decoded(untransferred(word[3], word[2].lower()), word[1])
-        return text.encode("utf-8", "replace")
+        return decoded(word[3], word[2].lower(), word[1]).encode("utf-8", "replace")
 
-    value = re.sub(rb"\r\n[ \t]+", b" ", value)
-    return ENCODED_WORD.sub(plain, value).decode("utf-8", "replace")
+    return ENCODED_WORD.sub(plain, re.sub(rb"\r\n[ \t]+", b" ", value)).decode("utf-8", "replace")
 
 
 class Message:
-    """One message, parsed as far as it is asked about; all offsets are those with CRLF."""
+    """A message, or a part of one: its header from `start`, its body from `body` to `end`.
+    All offsets are those with CRLF."""
 
-    def __init__(self, raw: bytes) -> None:
-        if raw.count(b"\n") != raw.count(b"\r\n"):
-            raw = raw.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-        self.data, self.size, self.total = raw, len(raw), 0
-        self.parts: list[Part] = []  # all of them in order, once `root` has been asked for
-        self.numbered: dict[Numbers, Part] = {}
-
-    @cached_property
-    def header(self) -> Fields:
-        """The message's own fields, found without looking for parts."""
-        return header_fields(self.data[:self.boundary(HEADER_END, 0, ())[0]])
-
-    @cached_property
-    def root(self) -> Part:
-        self.read(None, 0, (), ())
-        return self.parts[0]
-
-    def boundary(self, before: re.Pattern[bytes], at: int, texts: Texts) -> tuple[int, int]:
-        """Where what is at `at` ends; by which boundary: the exact, else the longest, -1: none."""
-        for match in before.finditer(self.data, max(at - 1, 0)):
-            if match[0] == b"\r\n":
-                return match.end(), -1
-            if self.total < MAX_PARTS and self.data.startswith(texts, match.end()):
-                line = self.data[match.end():match.end() + MAX_BOUNDARY + 4].partition(b"\r\n")[0]
-                fits = [index for index, text in enumerate(texts) if line.startswith(text)]
-                exact = [index for index in fits if line in (texts[index], texts[index] + b"--")]
-                longest = max(fits, key=lambda index: (len(texts[index]), index))
-                return match.end() - 2, exact[-1] if exact else longest
-        return len(self.data), -1
-
-    def read(self, parent: Part | None, start: int, number: Numbers, texts: Texts) -> int:
-        """Read a part, and those in it, up to one of these boundaries; where it ends."""
-        self.total += 1
-        at, stopped = self.boundary(HEADER_END, start, texts)
-        part = Part(parent, start, at, header_fields(self.data[start:at]))
-        self.parts.append(part)
+    def __init__(
+        self, data: bytes, start: int = 0, number: Numbers = (), parent: Message | None = None
+    ) -> None:
+        if not parent:
+            data = data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+        self.data, self.start, self.children = data, start, list[Message]()
+        self.parts: list[Message] = parent.parts if parent else []  # all of them, in order
+        self.numbered: dict[Numbers, Message] = parent.numbered if parent else {}
+        self.opened: tuple[bytes, ...] = parent.opened if parent else ()  # boundaries
+        self.depth: int = parent.depth + 1 if parent else 1
+        ends = (match.end() for match in HEADER_END.finditer(data, start) if match[0]
+                or match.end() == len(data) or data.startswith(self.opened, match.end() + 2))
+        self.body = self.end = next(ends)  # after the blank line, or at a boundary
+        self.fields = header_fields(data[start:self.body])
+        self.first = by_name(reversed(self.fields))
+        digest = parent and parent.media[1].lower() == b"digest"
+        usual = b"message/rfc822" if digest else b"text/plain"
+        media = MEDIA.match(self.content(b"type", usual)) if self.depth < MAX_DEPTH else None
+        main, sub, more = media.groups(b"") if media else (b"", b"", b"")
+        kind = KIND.match(b"%b/%b" % (main, sub))
+        self.kind = kind and kind.lastgroup  # None: nothing that we look into
+        if self.kind == "message":
+            main, sub = b"message", b"rfc822"
+        self.media: tuple[bytes, bytes] = main, sub
+        self.parameters = flat = parameters(more)
+        self.named = {name.lower(): text for name, text in zip(flat[-2::-2], flat[::-2])}
+        inside = parent is not None and parent.kind == "multipart"
+        if not inside and not {b"mime-version", b"content-type"} & set(self.first):
+            self.first = {}
+        self.parts.append(self)
+        self.numbered.setdefault(number, self)
+        if self.kind != "multipart" and not (inside and self.kind == "message"):
+            number += (1,)  # RFC 3501 6.4.5: what is not multipart has a part 1
+            self.numbered.setdefault(number, self)
+        self.after = self.read(number)
         if parent:
-            parent.children.append(part)
-        mine, boundary = None, part.named.get(b"boundary")
-        if part.depth >= MAX_DEPTH or self.total >= MAX_PARTS and part.kind == "message":
-            part.kind = "opaque" if part.kind in ("multipart", "message") else part.kind
-        elif part.kind == "multipart" and boundary is not None and stopped < 0:
-            mine, texts = len(texts), (*texts, boundary[:MAX_BOUNDARY])
-        self.numbered.setdefault(number, part)  # RFC 3501 6.4.5: what is not multipart has a part 1
-        if part.kind != "multipart" and not (part.inside and part.kind == "message"):
-            number += (1,)
-            self.numbered.setdefault(number, part)
-        if part.kind == "message":
-            at = self.read(part, at, number, texts)
+            parent.children.append(self)
+
+    def boundary(self, at: int) -> tuple[int, bytes | None]:
+        """The next line that begins with an open boundary, and the longest such."""
+        for match in DASHES.finditer(self.data, max(at - 1, 0)):
+            if self.data.startswith(self.opened, match.end()) and len(self.parts) < MAX_PARTS:
+                fits = (text for text in self.opened if self.data.startswith(text, match.end()))
+                return match.end() - 2, max(fits, key=len)
+        return len(self.data), None
+
+    def read(self, number: Numbers) -> int:
+        """Read the body and what is in it, up to the boundary of another; where it ends."""
+        at, mine = self.body, None
+        if self.kind == "message":
+            at = Message(self.data, at, number, self).after
+        elif self.kind == "multipart" and b"boundary" in self.named:
+            mine = self.named[b"boundary"][:MAX_BOUNDARY]
+            self.opened += (mine,)
         while True:
-            line, index = self.boundary(BODY_END, at, texts)
-            if index != mine:
+            line, text = self.boundary(at)
+            if text is None or text != mine:
                 break
-            after = line + 2 + len(texts[index])
+            after = line + 2 + len(text)
             at = self.data.find(b"\n", after) + 1 or len(self.data)
             if self.data.startswith(b"--", after):
-                mine, texts = None, texts[:-1]
+                mine, self.opened = None, self.opened[:-1]
             elif self.data.startswith(b"\n", at - 1):
-                at = self.read(part, at, (*number, len(part.children) + 1), texts)
-        part.end = at = line if index < 0 or line == at else line - 2
-        if line == part.body < len(self.data):
-            part.body = part.end = max(line - 2, start)  # the boundary owns the line end
+                at = Message(self.data, at, (*number, len(self.children) + 1), self).after
+        self.end = at = line if line == at or text is None else line - 2
+        if line == self.body < len(self.data):
+            self.body = self.end = max(line - 2, self.start)  # the boundary owns the line end
         return at
 
-    def envelope(self, part: Part | None = None) -> bytes:
+    def content(self, name: bytes, usual: bytes = b"") -> bytes:
+        value = self.first.get(b"content-" + name, usual)
+        return TOKEN.sub(rb"\2 ", value) if b"(" in value else value  # comments go
+
+    def envelope(self) -> list[Any]:
         """ENVELOPE; of several fields of a name all addresses count, or the last text."""
-        fields = part.fields if part else self.header
-        text, people = dict(fields), {}
-        for name in (b"from", b"sender", b"reply-to", b"to", b"cc", b"bcc"):
-            rows = [b"(%b %b %b %b)" % (quoted_human(row[0]), *map(quoted, row[1:]))
-                    for field, value in fields if field == name for row in addresses(value)]
-            people[name] = b"(%b)" % b"".join(rows) if rows else b"NIL"
-            if not rows and name in (b"sender", b"reply-to"):
-                people[name] = people[b"from"]
-        return b"(%b)" % b" ".join([
-            quoted_line(text.get(b"date")), quoted_human(text.get(b"subject")), *people.values(),
-            quoted_line(text.get(b"in-reply-to")), quoted_line(text.get(b"message-id"))])
+        def people(name: bytes) -> list[Any]:
+            rows = (row for key, value in self.fields if key == name for row in addresses(value))
+            found = tuple(itertools.islice(rows, MAX_PARTS))
+            return [found] if found else []
 
-    def bodystructure(self, extended: bool, part: Part | None = None) -> bytes:
+        last, author = by_name(self.fields), people(b"from")
+        return [last.get(b"date"), human(dict(self.fields).get(b"subject")), author,
+                people(b"sender") or author, people(b"reply-to") or author, people(b"to"),
+                people(b"cc"), people(b"bcc"), last.get(b"in-reply-to"), last.get(b"message-id")]
+
+    def structure(self, extended: bool) -> list[Any]:
         """BODYSTRUCTURE, or BODY; it recurses, but not deeper than MAX_DEPTH."""
-        part = part or self.root
-        if part.kind == "multipart":
-            parts = [self.bodystructure(extended, child) for child in part.children]
-            parts = parts or [NO_PART % (b" NIL NIL NIL NIL" * extended)]
-            words = [b"".join(parts), quoted(part.media[1])]
-            more = quoted_list(part.media[2])
+        if self.kind == "multipart":
+            inner = self.children or [Message(b"")]  # the grammar wants one
+            words: list[Any] = [tuple(child.structure(extended) for child in inner), self.media[1]]
+            more: Any = self.parameters
         else:
-            text = part.kind == "text" and b"charset" not in part.named
-            found = part.media[2] + [(b"charset", b"us-ascii")] * text
-            encoding, rest = part.word(b"transfer-encoding")
-            words = [*map(quoted, MEDIA_OF.get(part.kind, part.media[:2])), quoted_list(found),
-                     part.line(b"id"), part.line(b"description"),
-                     quoted(encoding if encoding and not rest else b"7bit"),
-                     b"%d" % (part.end - part.body)]
-            for child in part.children:
-                words += [self.envelope(child), self.bodystructure(extended, child)]
-            if part.kind in ("text", "message"):
-                words.append(b"%d" % self.data.count(b"\n", part.body, part.end))
-            more = part.line(b"md5")
+            implied = self.kind == "text" and b"charset" not in self.named
+            encoding, rest = FIRST_WORD.findall(self.content(b"transfer-encoding"))[0]
+            words = [*self.media, self.parameters + [b"charset", b"us-ascii"] * implied,
+                     self.first.get(b"content-id"), self.first.get(b"content-description"),
+                     encoding if encoding and not rest else b"7bit", self.end - self.body]
+            for child in self.children:
+                words += [child.envelope(), child.structure(extended)]
+            if self.kind:
+                words.append(self.data.count(b"\n", self.body, self.end))
+            more = self.first.get(b"content-md5")
         if extended:
-            words += [more, *part.extension()]
-        return b"(%b)" % b" ".join(words)
+            word, rest = FIRST_WORD.findall(self.content(b"disposition"))[0]
+            named = b"content-disposition" in self.first
+            words += [more, [word, parameters(rest)] if named else None,
+                      LANGUAGE.findall(self.content(b"language")),
+                      self.first.get(b"content-location")]
+        return words
 
-    def section(self, part: tuple[int, ...], what: str, fields: tuple[str, ...]) -> bytes | None:
+    def section(self, part: Numbers, what: str, fields: tuple[str, ...]) -> bytes | None:
         """BODY[part.what (fields)]; None if there is no such part."""
-        found = self.root and self.numbered.get(part)
+        found = self.numbered.get(part)
         if found and part and what not in ("", "MIME"):
             found = found.children[0] if found.kind == "message" else None
-        if not found or what == "MIME" and not part:
+        if not found:
             return None
         start = found.body if what == "TEXT" or part and not what else found.start
         text = self.data[start:found.end if what in ("", "TEXT") else found.body]
@@ -3392,29 +3310,27 @@ class Message:
     def header_text(self, name: str) -> str | None:
         """The decoded fields of this name, a line each; None if there are none."""
         wanted = name.lower().encode()
-        found = [decoded_words(value) for field, value in self.header if field == wanted]
+        found = [decoded_words(value) for key, value in self.fields if key == wanted]
         return "\n".join(found) if found else None
 
     def text(self, with_header: bool) -> str:
         """What BODY and TEXT search: the text parts; for TEXT the headers of all parts too."""
         found = []
-        self.root  # noqa: B018
         for part in self.parts:
             if with_header:
                 found.append(decoded_words(self.data[part.start:part.body]))
             if not part.children and part.media[0].lower() in (b"text", b"message"):
-                encoding = uncommented(dict(part.fields).get(b"content-transfer-encoding", b""))
-                encoding = encoding.partition(b";")[0].strip().lower()
-                body = untransferred(self.data[part.body:part.end], encoding)
-                found.append(decoded(body, part.named.get(b"charset", b"")))
+                encoding = dict(part.fields).get(b"content-transfer-encoding", b"")
+                encoding = FIRST_WORD.findall(encoding)[0][0].lower()
+                charset = part.named.get(b"charset", b"")
+                found.append(decoded(self.data[part.body:part.end], encoding, charset))
         return "\n".join(found)
 
     def sent_day(self) -> float:
         """The day as written in the Date field: the SENT keys disregard the time zone."""
-        date = (self.header_text("Date") or "").partition("\n")[0]
-        found = email.utils.parsedate_tz(date[:200])
-        with contextlib.suppress(ValueError):
-            return datetime.date(*found[:3]).toordinal() if found else math.nan
+        found = email.utils.parsedate_tz(self.header_text("Date") or "") or (0, 0, 0)
+        with contextlib.suppress(ValueError, OverflowError):
+            return datetime.date(*found[:3]).toordinal()
         return math.nan  # which is before and after nothing
 
 
@@ -3884,10 +3800,10 @@ ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {  # the first are those of F
 }
 UID, FLAGS, MODSEQ = ((name, ITEMS[name]) for name in (b"UID", b"FLAGS", b"MODSEQ"))
 PARSED: dict[bytes, Callable[[Message], bytes]] = {  # never change, and are kept in the index
-    b"RFC822.SIZE": lambda m: b"%d" % m.size,
-    b"ENVELOPE": Message.envelope,
-    b"BODY": lambda m: m.bodystructure(False),
-    b"BODYSTRUCTURE": lambda m: m.bodystructure(True),
+    b"RFC822.SIZE": lambda m: b"%d" % len(m.data),
+    b"ENVELOPE": lambda m: quoted(m.envelope()),
+    b"BODY": lambda m: quoted(m.structure(False)),
+    b"BODYSTRUCTURE": lambda m: quoted(m.structure(True)),
 }
 
 # The cost of a key, its test, what follows it. Cheap ones are tried first: for 0 the index is
@@ -3934,7 +3850,7 @@ def pieces(data: bytes) -> Iterator[bytes]:
 
 def atom_or_quoted(name: str) -> bytes:
     plain = re.fullmatch(ATOM, name.encode("utf-8")) and name.upper() != "NIL"
-    return name.encode() if plain else quoted(name)
+    return name.encode() if plain else quoted(name.encode())
 
 
 def wildcard(pattern: str, name: str) -> bool:
@@ -4454,33 +4370,23 @@ COMMANDS = {
     "passwd": ("[SCHEME]", "read a password, print a passwd-file entry (SSHA512, PBKDF2, PLAIN)"),
 }
 
-PROGRAM = Program(
-    "hibernate",
-    roles=(
-        Role(
-            "imap-login", ImapSession, ("1000", "4", "1", "60 s"), sheds=True, unit="pre-login",
-            listener="imap", port=1143,
-        ),
-        Role("auth", AuthSession, ("1000", "2", "1", "60 s"), requests=True, trusted=True, unit=""),
-        Role("imap", ImapSession, ("100", "8", "1", "60 s"), keeper="imap-hibernate", trusted=True),
-        Role("imap-hibernate", ImapSession, ("19000", "64", "0", "60 s"), wakes="imap"),
-    ),
-    settings=(
-        Setting("mail_location", "string", "maildir:mail/%u", "%u user, %n before @, %d after"),
-        Setting("passwd_file", "path", "users", "lines user:{SCHEME}password"),
-        Setting("auth_failure_delay", "time", "2 s", "before a wrong password is answered"),
-        Setting("@max_line_length", "size", "64 k", "longest command line"),
-        Setting("mail_max_message_size", "size", "50 M", "largest message of an APPEND"),
-    ),
-    prefix="imap_",
-)  # fmt: skip
+PROGRAM = Program("hibernate", (
+    Role("imap-login", ImapSession, ("1000", "4", "1", "60 s"), sheds=True, unit="pre-login",
+         listener="imap", port=1143),
+    Role("auth", AuthSession, ("1000", "2", "1", "60 s"), requests=True, trusted=True, unit=""),
+    Role("imap", ImapSession, ("100", "8", "1", "60 s"), keeper="imap-hibernate", trusted=True),
+    Role("imap-hibernate", ImapSession, ("19000", "64", "0", "60 s"), wakes="imap"),
+), (
+    Setting("mail_location", "string", "maildir:mail/%u", "%u user, %n before @, %d after"),
+    Setting("passwd_file", "path", "users", "lines user:{SCHEME}password"),
+    Setting("auth_failure_delay", "time", "2 s", "before a wrong password is answered"),
+    Setting("@max_line_length", "size", "64 k", "longest command line"),
+    Setting("mail_max_message_size", "size", "50 M", "largest message of an APPEND"),
+), "imap_")
 
-WELCOME = """\
-From: hibernate.py <hibernate@localhost>
-To: demo <demo@localhost>
+WELCOME = """From: hibernate.py <hibernate@localhost>
 Subject: Welcome
-Date: {date}
-Message-ID: <welcome@localhost>
+Date: {}
 
 Your session is awake. Send IDLE, wait half a minute, and it sleeps in imap-hibernate;
 deliver a message to this Maildir, or send DONE, and it wakes.
@@ -4497,17 +4403,11 @@ def home_of(config: Config, user: str) -> str:
     return os.path.normpath(os.path.join(config.folder, path.removeprefix("maildir:")))
 
 
-class Arguments(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise Failure(64, f"{self.prog}: {message}\n{self.format_usage()}".rstrip())
-
-
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     rows = [f"  {name} {operand}".ljust(22) + text for name, (operand, text) in COMMANDS.items()]
-    parser = Arguments(
+    parser = argparse.ArgumentParser(
         "hibernate.py", epilog="\n".join(["commands:", *rows]), allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("-c", dest="file", metavar="FILE", help="default: hibernate.conf, or none without it")
     add("-n", dest="dump", action="store_true", help="print the settings that are not the default")
@@ -4527,8 +4427,19 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit status of sysexits(3)."""
     try:
-        perform(parse_arguments(arguments))
+        options = parse_arguments(arguments)
+        usual = "hibernate.conf" if os.path.exists("hibernate.conf") else ""
+        config = Config(PROGRAM, usual if options.file is None else options.file)
+        if not config.mail_location.startswith("maildir:"):
+            config.fail(config.lines["mail_location"], "mail_location: only maildir:PATH is known")
+        if options.dump:
+            print(f"# {__version__}: {config.path or 'no configuration'}", *config.dump(), sep="\n")
+        elif not options.check:
+            ours = {"run": serve, "deliver": deliver_message, "passwd": make_password}
+            ours.get(options.command, control)(config, options)
         return 0
+    except SystemExit as end:  # argparse has printed the help, or what is wrong
+        return 64 if end.code else 0
     except Failure as error:
         status, reason = error.status, str(error)
     except (PermissionError, FileNotFoundError) as error:
@@ -4538,27 +4449,7 @@ def main(arguments: list[str]) -> int:
     return status
 
 
-def perform(options: argparse.Namespace) -> None:
-    if options.command == "passwd":
-        return make_password(options.operand or "SSHA512")
-    if options.file is None and os.path.exists("hibernate.conf"):
-        options.file = "hibernate.conf"
-    config = Config(PROGRAM, options.file or "")
-    if not config.mail_location.startswith("maildir:"):
-        config.fail(config.lines["mail_location"], "mail_location: only maildir:PATH is known")
-    if options.dump:
-        print(f"# {__version__}: {config.path or 'no configuration'}", *config.dump(), sep="\n")
-    elif options.check:
-        pass
-    elif options.command == "run":
-        serve(config)
-    elif options.command == "deliver":
-        deliver_message(config, options.operand)
-    else:
-        control(config, options)
-
-
-def serve(config: Config) -> None:
+def serve(config: Config, options: argparse.Namespace) -> None:
     # Titles are written over the arguments: with too little room, start once more with some.
     if len(" ".join(sys.orig_argv)) < 80 and os.path.exists("/proc/self/stat"):
         os.execv(sys.executable, [*sys.orig_argv, "--title-room=" + "." * 80])
@@ -4590,23 +4481,22 @@ def make_demo(config: Config) -> list[str]:
         file.write(f"demo:{encode_password('SSHA512', password)}\n")
     home = home_of(config, "demo")
     if not os.path.exists(home):
-        text = WELCOME.format(date=email.utils.formatdate(localtime=True))
-        deliver(home, io.BytesIO(text.replace("\n", "\r\n").encode()))
+        deliver(home, io.BytesIO(WELCOME.format(email.utils.formatdate(localtime=True)).encode()))
     return ["user: demo", f"password: {password}"]
 
 
-def make_password(scheme: str) -> None:
+def make_password(config: Config, options: argparse.Namespace) -> None:
     password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
     try:
-        print(encode_password(scheme.upper(), password))
+        print(encode_password((options.operand or "SSHA512").upper(), password))
     except ValueError as error:
         raise Failure(64, error) from None
 
 
-def deliver_message(config: Config, user: str) -> None:
+def deliver_message(config: Config, options: argparse.Namespace) -> None:
     os.umask(0o077)
     try:
-        deliver(home_of(config, user), sys.stdin.buffer)
+        deliver(home_of(config, options.operand), sys.stdin.buffer)
     except ValueError as error:
         raise Failure(64, error) from None
     except OSError as error:  # 75, EX_TEMPFAIL: a mail server keeps the message and tries again
@@ -4616,49 +4506,46 @@ def deliver_message(config: Config, user: str) -> None:
 
 def control(config: Config, options: argparse.Namespace) -> None:
     """Send one command to the master, print what comes back until the connection's end."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(10)
-    try:
-        sock.connect(config.inbox("master"))
-    except (FileNotFoundError, ConnectionRefusedError):
-        raise Failure(75, f"hibernate is not running in {config.base_dir}") from None
-    sock.send(f"{options.command} {options.operand}".strip().encode())
-    text = b""
-    with contextlib.suppress(TimeoutError):
-        while data := sock.recv(1 << 20):
-            text += data
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(10)
+        try:
+            sock.connect(config.inbox("master"))
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise Failure(75, f"hibernate is not running in {config.base_dir}") from None
+        sock.send(f"{options.command} {options.operand}".strip().encode())
+        text = b""
+        with contextlib.suppress(TimeoutError):  # of who does not answer; the others have
+            while data := sock.recv(1 << 20):
+                text += data
+    if text.startswith(b"refused"):
+        raise Failure(78, text.decode())
     if options.command in ("reload", "stop"):
-        if text.startswith(b"refused"):
-            raise Failure(78, text.decode())
-        print(text.decode(), end="\n" if text else "")
-        return
+        return print(text.decode(), end="\n" if text else "")
     rows: dict[object, dict[str, Any]] = {}
     for line in text.splitlines():
         row = json.loads(line)
         rows.setdefault(row.get("session", line), row)  # moving, it may have been told twice
-    if options.json:
-        for row in rows.values():
-            print(json.dumps(row))
-    elif options.command == "kick":
+    if options.command == "kick":
         print(f"{sum(row['kicked'] for row in rows.values())} sessions ended")
-    else:
+    elif options.json:
+        print(*map(json.dumps, rows.values()), sep="\n", end="\n" if rows else "")
+    elif rows:
         print_table(list(rows.values()))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
+    def shown(name: str, value: Any) -> str:
+        if name == "since" and value:
+            return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+        if isinstance(value, dict):
+            value = ", ".join(f"{count} {what}" for what, count in value.items())
+        return "-" if value in (None, "") else str(value)
+
     names = list(dict.fromkeys(itertools.chain(*rows)))
     table = [names, *([shown(name, row.get(name)) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table)]
-    for cells in table if rows else ():
+    for cells in table:
         print("  ".join(map(str.ljust, cells, widths)).rstrip())
-
-
-def shown(name: str, value: Any) -> str:
-    if name == "since" and value:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
-    if isinstance(value, dict):
-        value = ", ".join(f"{count} {what}" for what, count in value.items())
-    return "-" if value in (None, "") else str(value)
 
 
 if __name__ == "__main__":
