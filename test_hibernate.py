@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import builtins
 import collections
 import contextlib
 import ctypes
@@ -69,6 +70,11 @@ def eventually(condition, deadline=PATIENCE, what=""):
         select.select((), (), (), 0.02)
 
 
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
 def processes(session):
     """{pid: title} of the live processes of one kernel session: a server and all it ever forked."""
     found = {}
@@ -93,6 +99,7 @@ class Server:
     loud = True  # in a test: the log is printed, for pytest to show, and must be free of errors
     brand = "hibernate"
     password = "secret"
+    wanted = 0  # the port, if the first line does not tell
 
     def __init__(self, settings="", users=("alice", "bob"), allow="(?!)", listener="port = 0"):
         self.dir = Path(tempfile.mkdtemp(prefix="hb-", dir="/tmp"))
@@ -137,7 +144,7 @@ class Server:
             assert data, f"no 'ready' but {said!r}; the log:\n{self.log()}"
             said += data
         lines = said.decode().splitlines()
-        self.port = int(lines[0].rpartition(":")[2])
+        self.port = self.wanted or int(lines[0].rpartition(":")[2])
         return lines
 
     def log(self):
@@ -512,14 +519,50 @@ def part_lines():
     return {int(rule[1]): line for line, rule in enumerate(rules, 1) if rule}
 
 
-def test_the_engine_names_no_protocol():
-    parts = part_lines()
-    found = []
+def test_the_engine_names_no_protocol_and_nothing_of_the_parts_behind_it():
+    """Parts 1 to 7 can be cut out, with the imports and constants above, and used by themselves."""
+    parts, found, used, bound = part_lines(), [], {}, {*dir(builtins), "__file__", "__name__"}
     for node in ast.walk(ast.parse(PROGRAM.read_text())):
-        if parts[1] <= getattr(node, "lineno", 0) < parts[8]:
-            texts = [value for _, value in ast.iter_fields(node) if isinstance(value, str)]
-            found += [(node.lineno, text) for text in texts if "imap" in text.lower()]
+        line = getattr(node, "lineno", 0)
+        if line >= parts[8]:
+            continue
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            used[node.id] = line
+        for text in dict(ast.iter_fields(node)).values():
+            text = text.decode("latin-1") if isinstance(text, bytes) else text
+            if isinstance(text, str) and line >= parts[1]:
+                found += [(line, text)] * bool(re.search("imap|maildir", text, re.IGNORECASE))
+        for field in ("name", "asname", "arg", "id"):  # definitions, imports, arguments, variables
+            if not isinstance(getattr(node, "ctx", ast.Store()), ast.Load):
+                bound.add(getattr(node, field, ""))
     assert not found
+    assert not {name: line for name, line in used.items() if name not in bound}
+
+
+IMPORT = """
+import logging, multiprocessing, os, resource, signal, sys, threading
+def state():
+    return [
+        os.getcwd(), os.listdir("."), os.listdir("/proc/self/fd"), os.umask(0o077), {**os.environ},
+        sys.argv[:], sys.path[:], sys.stdout, sys.excepthook, threading.enumerate(),
+        multiprocessing.active_children(), multiprocessing.get_start_method(allow_none=True),
+        [signal.getsignal(number) for number in signal.valid_signals()], signal.set_wakeup_fd(-1),
+        logging.root.handlers[:], logging.root.level, resource.getrlimit(resource.RLIMIT_NOFILE),
+    ]
+state()  # which sets the umask
+before = state()
+import engine
+assert state() == before, (before, state())
+assert all(hasattr(engine, name) for name in engine.__all__) and engine.__version__
+"""
+
+
+def test_an_import_under_another_name_starts_nothing_and_changes_nothing(tmp_path):
+    shutil.copy(PROGRAM, tmp_path / "engine.py")
+    done = subprocess.run(
+        [sys.executable, "-BWerror", "-c", IMPORT], cwd=tmp_path, capture_output=True, timeout=9
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b""), done
 
 
 def test_the_examples_in_docstrings_hold(hibernate):
@@ -1682,6 +1725,69 @@ def test_a_killed_master_that_nobody_starts_again_leaves_bye_and_no_process():
         Server.live.remove(server)
 
 
+class Chat(Server):
+    """The chat of the README, exactly as it stands there, beside a copy of the file as NAME.py."""
+
+    brand = "chat"
+
+    def __init__(self, name):
+        self.name = name
+        super().__init__("hibernate_timeout = 100 msecs\n")
+
+    def configure(self, settings, listener):
+        self.wanted = free_port()
+        [text] = re.findall(r"(?ms)^```python\n(.*?)^```", (HERE / "README.md").read_text())
+        (self.dir / "chat.py").write_text(text.replace("from hibernate ", f"from {self.name} "))
+        shutil.copy(PROGRAM, self.dir / f"{self.name}.py")
+        port = f"service chat {{\n inet_listener chat {{\n port = {self.wanted}\n }}\n}}\n"
+        self.configuration.write_text(settings + port)
+
+    def command(self):
+        return [sys.executable, "chat.py", str(self.configuration)]
+
+
+@table("name", ["hibernate", "engine"])
+def test_the_chat_of_the_readme_sleeps_wakes_and_survives_a_reload(name):
+    people = ["ann", "bob", 'c"\t\u00fc']
+    with Chat(name) as server, contextlib.ExitStack() as stack:
+        connect = lambda: socket.create_connection(("127.0.0.1", server.port), PATIENCE)  # noqa
+        sockets = [stack.enter_context(connect()) for _ in people]
+        lines = [sock.makefile("r", encoding="utf-8") for sock in sockets]
+
+        def say(number, text):
+            sockets[number].sendall(f"{text}\n".encode())
+
+        def all_hear(text):
+            assert [file.readline() for file in lines] == [f"{text}\n"] * len(people)
+
+        def all_asleep():
+            eventually(lambda: len(server.who("chat-hibernate")) == len(people))
+            return sorted((row["session"], row["user"]) for row in server.who())
+
+        all_hear("Your name?")
+        for number, person in enumerate(people):
+            say(number, person)
+            assert [lines[number].readline() for _ in people[: number + 1]] == [
+                f"{other}: has entered\n" for other in people[: number + 1]
+            ]
+            for file in lines[:number]:
+                assert file.readline() == f"{person}: has entered\n"
+        first = all_asleep()
+        say(0, "")  # is answered asleep
+        assert lines[0].readline() == "\n" and len(server.who("chat-hibernate")) == len(people)
+        say(1, "hello")
+        all_hear("bob: hello")
+        assert all_asleep() == first
+        before = set(server.processes()) - {server.process.pid}
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: not before & set(server.processes()))
+        assert all_asleep() == first
+        say(2, "still here")
+        all_hear(f"{people[2]}: still here")
+        server.stop()
+        all_hear("server: Server shutting down.")
+
+
 # ------------------------------------------------------------------------------------------------
 # 7  Resources that run out
 # ------------------------------------------------------------------------------------------------
@@ -2462,8 +2568,7 @@ class Dovecot(Server):
 
     def __init__(self, sessions, timeout="1s", users=("alice",)):
         self.sessions, self.timeout = sessions, timeout
-        with socket.create_server(("127.0.0.1", 0)) as probe:  # Dovecot takes port 0 for "none"
-            self.wanted = probe.getsockname()[1]
+        self.wanted = free_port()  # Dovecot takes port 0 for "none"
         super().__init__(users=users)
 
     def configure(self, settings, listener):
