@@ -5,6 +5,7 @@
     python3 test_hibernate.py bench --sessions 1000 the figures; bench --help tells the rest
     python3 test_hibernate.py drill --sessions 1000 kills and reloads at random: what is lost
     python3 test_hibernate.py spread                how connections are spread over processes
+    python3 test_hibernate.py crowd 300 USER PASS   clients in IDLE, for experiments by hand
 
 The order: 1 harness, 2 without a server (tables, the model of a hand-over), 3 the life of a
 session, 4 many sessions, 5 listeners, 6 kills and reloads, 7 resources, 8 IMAP, 9 commands and
@@ -3245,10 +3246,40 @@ def spread(arguments):
                 client.close()
 
 
+def crowd(arguments):
+    """Clients of a server that runs already: in IDLE, telling what they hear, until Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="test_hibernate.py crowd")
+    parser.add_argument("sessions", type=int)
+    parser.add_argument("user")
+    parser.add_argument("password")
+    parser.add_argument("--port", type=int, default=1143)
+    options = parser.parse_args(arguments)
+    target = argparse.Namespace(port=options.port, password=options.password)
+    clients = many(target, [options.user] * options.sessions)
+    poll, sockets = select.poll(), {client.socket.fileno(): client.socket for client in clients}
+    for fd in sockets:
+        poll.register(fd, select.POLLIN)
+    print(f"{len(sockets)} sessions in IDLE", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        while sockets:
+            heard = collections.Counter()
+            for fd, _ in poll.poll():
+                data = b""
+                with contextlib.suppress(OSError):
+                    data = sockets[fd].recv(65536)
+                heard.update(data.decode(errors="replace").splitlines() or ["the end"])
+                if not data:
+                    poll.unregister(fd)
+                    sockets.pop(fd).close()
+            for text, count in heard.items():
+                print(f"{time.strftime('%X')}  {count} heard: {text}", flush=True)
+            select.select((), (), (), 0.5)  # so that the next line tells of many
+
+
 if __name__ == "__main__":
-    tools = {"bench": bench, "drill": drill, "spread": spread}
+    tools = {"bench": bench, "drill": drill, "spread": spread, "crowd": crowd}
     if len(sys.argv) < 2 or sys.argv[1] not in tools:
-        sys.exit("usage: python3 test_hibernate.py bench|drill|spread; the tests: -m pytest")
+        sys.exit(f"usage: python3 test_hibernate.py {'|'.join(tools)}; the tests: -m pytest")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     tools[sys.argv[1]](sys.argv[2:])
