@@ -787,24 +787,21 @@ def plain(user, password):
     return base64.b64encode(f"\0{user}\0{password}".encode()).decode()
 
 
-def test_log_in_by_login_and_by_authenticate_with_and_without_initial_response(server, user):
+LOG_INS = [  # what is said, a line at a time; %u user, %n its length, %p password, %a both
+    ['x LOGIN "%u" "%p"'], ["x LOGIN {%n}", "%u {6}", "%p"], ["x LOGIN {%n+}\r\n%u {6+}\r\n%p"],
+    ["x AUTHENTICATE PLAIN %a"], ["x AUTHENTICATE PLAIN", "%a"],
+]  # fmt: skip
+
+
+@table("lines", LOG_INS)
+def test_log_in_by_login_and_by_authenticate_in_each_of_their_forms(server, user, lines):
+    both = plain(user, server.password)
+    values = {"%u": user, "%n": str(len(user)), "%p": server.password, "%a": both}
     with Imap(server) as client:
-        client.cmd(f'LOGIN "{user}" "{server.password}"')
-    with Imap(server) as client:
-        client.cmd(f"AUTHENTICATE PLAIN {plain(user, server.password)}")
+        for number, line in enumerate(lines, 1):
+            client.send(re.sub("%.", lambda match: values[match[0]], line) + "\r\n")
+            client.until("^x OK" if number == len(lines) else r"^\+")
         client.cmd("SELECT INBOX")
-    with Imap(server) as client:
-        client.send("x AUTHENTICATE PLAIN\r\n")
-        client.until(r"^\+")
-        client.send(plain(user, server.password) + "\r\n")
-        assert client.until(r"^x ")[-1].startswith("x OK")
-    with Imap(server) as client:
-        client.send(f"x LOGIN {{{len(user)}}}\r\n")
-        client.until(r"^\+")
-        client.send(f"{user} {{{len(server.password)}}}\r\n")
-        client.until(r"^\+")
-        client.send(f"{server.password}\r\n")
-        assert client.until(r"^x ")[-1].startswith("x OK")
 
 
 def test_a_log_in_and_all_that_follows_may_come_in_one_packet(server, user):
@@ -1760,6 +1757,21 @@ def test_a_killed_master_that_nobody_starts_again_leaves_bye_and_no_process():
         eventually(lambda: not server.processes(), what=f"{server.processes()}")
         server.process.wait(PATIENCE)
         Server.live.remove(server)
+
+
+def test_the_crowd_of_the_readme_tells_what_it_hears():
+    with Server() as server:
+        arguments = ["crowd", "3", "alice", server.password, "--port", str(server.port)]
+        crowd = subprocess.Popen(
+            [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True
+        )
+        with crowd:
+            assert crowd.stdout.readline() == "3 sessions in IDLE\n"
+            deliver_by_hand(server.home("alice"))
+            assert any("heard: * 1 EXISTS" in line for line in crowd.stdout)
+            server.run("kick", "alice")
+            assert "heard: the end" in crowd.stdout.read()
+        assert crowd.returncode == 0
 
 
 class Chat(Server):
