@@ -9,7 +9,8 @@
 
 The order: 1 harness, 2 without a server (tables, the model of a hand-over), 3 the life of a
 session, 4 many sessions, 5 listeners, 6 kills and reloads, 7 resources, 8 IMAP, 9 commands and
-configuration, 10 bad input, 11 the benchmark. Every server runs in a directory and on a port of its own; nothing sleeps.
+configuration, 10 bad input, 11 the benchmark. Every server runs in a directory and on a port of
+its own; nothing sleeps.
 """
 from __future__ import annotations
 
@@ -851,9 +852,9 @@ def test_a_session_sleeps_wakes_for_mail_and_for_its_client_and_sleeps_again(ser
 
 def test_the_worker_has_forgotten_a_sleeper_and_the_titles_say_so():
     titles = [
-        "hibernate/auth", "hibernate/imap [0 connections]", "hibernate/imap-hibernate [1 connections]",
-        "hibernate/imap-hibernate-twin [1 copies]", "hibernate/imap-login [0 pre-login]",
-        "hibernate/master",
+        "hibernate/auth", "hibernate/imap [0 connections]",
+        "hibernate/imap-hibernate [1 connections]", "hibernate/imap-hibernate-twin [1 copies]",
+        "hibernate/imap-login [0 pre-login]", "hibernate/master",
     ]  # fmt: skip
     quicker = PatchedServer(patch="hibernate.SWEEP_TIME = 0.2")
     with quicker as server, Imap(server, "alice") as client:
@@ -2317,7 +2318,8 @@ def test_deliver_puts_a_message_where_it_belongs(server, user):
     assert done.returncode == 0, done
     [entry] = list(server.maildir(user))
     assert entry["Subject"] == "one" and entry.get_subdir() == "new"
-    for done in together(server.run, *(["deliver", x] for x in ("../evil", "a/b", "", ".", "x\ty"))):
+    wrong = ("../evil", "a/b", "", ".", "x\ty")
+    for done in together(server.run, *(["deliver", name] for name in wrong)):
         assert done.returncode == 64, done
     assert not (server.dir / "evil").exists()
 
