@@ -1871,6 +1871,9 @@ class Keeper(Service):
                 if fd not in self.waking:
                     self.take_turn(fd, self.slots[fd])
         self.turned = now
+        if self.twin and now - self.slots[0].rest > 5 * SWEEP_TIME:  # stopped
+            self.end_twin()
+            self.spawn_twin()
 
     def take_turn(self, fd: int, slot: Slot) -> None:
         if slot.tag() and self.config.idle_notify_interval:
@@ -1979,6 +1982,7 @@ class Keeper(Service):
                 sockets.pop_all()
                 theirs.close()
                 self.twin = process, Channel(self.loop, ours, self.twin_ended)
+                self.slots[0].rest = int(time.monotonic())  # of no session: the twin's last sweep
 
     def twin_ended(self, channel: Channel, message: bytes, fds: list[int]) -> None:
         close_all(fds)
@@ -2065,6 +2069,7 @@ class Keeper(Service):
 
     def sweep(self, copies: bytearray) -> None:
         """Close what is not, or no longer, in the slots."""
+        self.slots[0].rest = int(time.monotonic())
         for fd, state in enumerate(self.slot_states()):
             if copies[fd] and state not in LIVING:
                 copies[fd] = 0
