@@ -698,7 +698,8 @@ class Mover:
                 continue
             try:
                 sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                channel = Channel(self.loop, sock, partial(self.answered, fd), ANSWER_TIME)
+                wait = min(ANSWER_TIME, max(deadline - time.monotonic(), RETRY_TIME))
+                channel = Channel(self.loop, sock, partial(self.answered, fd), wait)
                 self.channels[fd] = channel
                 sock.connect(self.config.inbox(service))
                 channel.send(message, *([] if question else [fd]))
@@ -1456,6 +1457,7 @@ class Service:
         """The "!" has come: this process is the owner."""
         self.clients[client.fd] = client
         self.counts["adopted"] += 1
+        client.session.log(f"{client.session.user} is here")
         client.start(client.session.arrived(client.answer))
 
     def abandon(self, client: Any, shutdown: bool = False) -> None:
@@ -1778,6 +1780,7 @@ class Keeper(Service):
 
     def begin(self, held: Any) -> None:
         fd, state, number = held
+        log.info("<%s> %s is here", state.sid, state.user)
         self.held += 1
         self.counts["adopted"] += 1
         self.slots[number].state = FREE
@@ -1889,7 +1892,7 @@ class Keeper(Service):
 
     def move_on(self, fd: int) -> None:
         if fd not in self.waking:
-            self.depart(fd, "drain", self.role.name, self.config.orphan_timeout)
+            self.depart(fd, "drain", self.role.name, self.config.orphan_timeout / 2)
 
     def depart(self, fd: int, cause: str, service: str, patience: float) -> None:
         self.loop.unwatch(fd)
@@ -1937,6 +1940,9 @@ class Keeper(Service):
     def kept(self, fd: int, reason: str) -> None:
         """No worker took it in time, or one refused it for good: it can't go on."""
         self.slots[fd].state = HELD
+        if self.waking[fd] == "drain":  # the next generation has not the room for all to sleep
+            self.depart(fd, "room", self.role.wakes, self.config.orphan_timeout / 2)
+            return
         log.error("a sleeper could not be moved: %s", reason)
         self.end(fd, "Server is too busy, please log in again")
 

@@ -1757,6 +1757,20 @@ def test_reload_under_load_drops_nothing_and_brings_all_into_the_new_generation(
         all_hear_their_mail(server, clients, users, 1)
 
 
+def test_sleepers_for_whom_a_reload_leaves_no_room_are_awake_afterwards():
+    limits = "service imap-hibernate {\n process_limit = 1\n client_limit = 30\n}"
+    with Server(f"orphan_timeout = 3 s\n{limits}") as server:
+        clients = many(server, ["alice"] * 30)
+        eventually(lambda: server.held() == 30)
+        configured = server.configuration.read_text()
+        server.configuration.write_text(configured.replace("limit = 30", "limit = 10"))
+        assert server.run("reload").returncode == 0
+        eventually(lambda: (server.held(), server.held("imap")) == (10, 20))
+        deliver_by_hand(server.home("alice"))
+        for client in clients:
+            client.until(r"^\* 1 EXISTS")
+
+
 def test_a_reload_brings_listeners_in_and_out_and_refuses_a_port_in_use():
     with Server(allow="refused: ") as server, Imap(server, "alice") as client:
         base = server.configuration.read_text()
