@@ -779,6 +779,10 @@ class Session:
         self.buffer = bytearray()
         self.tag = self.ended = ""
 
+    @classmethod
+    def prepare(cls, config: Config) -> None:
+        """Called in each process before it gives up root's rights; OSError is no matter."""
+
     def opened(self) -> Reply:
         """A new connection: the greeting."""
         yield from ()
@@ -1225,6 +1229,8 @@ class Service:
         self.paused = False  # no descriptors left
         self.title = Title(f"{self.config.program.name}/{self.role.name}")
         self.key = sealing_key(self.config.base_dir) if self.role.trusted else b""
+        with contextlib.suppress(OSError):
+            self.role.session.prepare(self.config)
         drop_privileges(pool.settings)
 
     def start(self, channel: socket.socket) -> None:
@@ -1457,7 +1463,7 @@ class Service:
         """The "!" has come: this process is the owner."""
         self.clients[client.fd] = client
         self.counts["adopted"] += 1
-        client.session.log(f"{client.session.user} is here")
+        client.session.log(f"{client.session.user} {client.session.remote} is here")
         client.start(client.session.arrived(client.answer))
 
     def abandon(self, client: Any, shutdown: bool = False) -> None:
@@ -1780,7 +1786,7 @@ class Keeper(Service):
 
     def begin(self, held: Any) -> None:
         fd, state, number = held
-        log.info("<%s> %s is here", state.sid, state.user)
+        log.info("<%s> %s %s is here", state.sid, state.user, state.remote)
         self.held += 1
         self.counts["adopted"] += 1
         self.slots[number].state = FREE
@@ -3452,6 +3458,12 @@ class AuthSession(Session):
     """[identity, sid, remote, user, password] -> ["ok", user, ticket, seal] or ["no", reason]."""
 
     input_limit = LOGIN_INPUT
+    users: dict[str, tuple[Secret, str]] = {}
+
+    @classmethod
+    def prepare(cls, config: Config) -> None:
+        file = os.stat(config.passwd_file)
+        cls.users = read_passwords(config, (file.st_mtime_ns, file.st_size, file.st_ino))
 
     def step(self) -> Reply | None:
         return self.answer() if self.buffer else None
@@ -3473,10 +3485,14 @@ class AuthSession(Session):
         """The answer; empty if that is no."""
         if not re.fullmatch("[!-~]{0,400}", identity + sid + remote) or len(password) > 1024:
             raise ValueError("not a request")
-        file, user = os.stat(self.config.passwd_file), name.lower()  # as Dovecot's default, %Lu
-        users = read_passwords(self.config, (file.st_mtime_ns, file.st_size, file.st_ino))
-        dearest, _ = nobody = users[""]
-        (rounds, fits), home = users.get(user, nobody)
+        user = name.lower()  # as Dovecot's default, %Lu
+        try:
+            self.prepare(self.config)
+        except PermissionError:
+            if not self.users:  # else they are as root could read them when the process began
+                raise
+        dearest, _ = nobody = self.users[""]
+        (rounds, fits), home = self.users.get(user, nobody)
         if fits(password) and home:
             return ["ok", user, *ticket(self.key, identity, sid, user, remote, home)]
         if rounds < dearest[0]:  # a refusal takes as long as the dearest
@@ -4507,6 +4523,7 @@ def make_password(config: Config, options: argparse.Namespace) -> None:
 def deliver_message(config: Config, options: argparse.Namespace) -> None:
     os.umask(0o077)
     try:
+        drop_privileges(config.sections["imap"])  # what root puts there that user could not read
         deliver(home_of(config, options.operand), sys.stdin.buffer)
     except ValueError as error:
         raise Failure(64, error) from None

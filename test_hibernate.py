@@ -31,6 +31,7 @@ import mailbox
 import multiprocessing
 import multiprocessing.connection
 import os
+import pwd
 import random
 import re
 import resource
@@ -2580,6 +2581,38 @@ def test_a_bad_configuration_is_named_by_file_and_line_and_nothing_is_started(
     [said] = done.stderr.decode().splitlines()
     assert re.match(rf"{file}:{line or '[0-9]+'}: \S", said), said
     assert [x.name for x in tmp_path.iterdir()] == ["c"] * (text is not None)
+
+
+def test_as_root_each_service_is_its_user_and_reads_no_more_than_it_needs():
+    if os.geteuid() or not shutil.which("setpriv"):
+        pytest.skip("only root can give each service a user")
+    users = {"imap-login": "nobody", "auth": "daemon", "imap": "mail", "imap-hibernate": "mail"}
+    settings = "\n".join(f"service {name} {{\n user = {user}\n}}" for name, user in users.items())
+    with Server(settings, allow="refused|deliver") as server:
+        server.stop()
+        server.dir.chmod(0o711)
+        (server.dir / "users").chmod(0o600)
+        (server.dir / "mail").mkdir()
+        shutil.chown(server.dir / "mail", "mail")
+        server.start()
+        with Imap(server, "alice") as client:
+            client.cmd("SELECT INBOX")
+            client.idle()
+            eventually(lambda: server.held() == 1)
+            for name, user in users.items():
+                for pid in server.pids(name):
+                    status = Path(f"/proc/{pid}/status").read_text()
+                    number = pwd.getpwnam(user).pw_uid
+                    assert re.search(rf"Uid:(\t{number}){{4}}\n", status), status
+                    assert "NoNewPrivs:\t1" in status and "CapEff:\t0000000000000000" in status
+            delivered = server.run("deliver", "alice", input=message("by root"))
+            assert delivered.returncode == 0, delivered
+            client.until(r"^\* 1 EXISTS")
+            client.send("DONE\r\n")
+            assert "by root" in "".join(client.cmd("FETCH 1 BODY[HEADER]"))
+        for path in ("users", "mail/alice/new", "hibernate.run/key", "hibernate.run/master"):
+            nobody = ["setpriv", "--reuid=nobody", "--clear-groups", "test", "-r", server.dir / path]
+            assert subprocess.call(nobody) == 1, path
 
 
 def test_what_is_not_permitted_is_said_with_exit_status_77():
