@@ -3230,7 +3230,7 @@ class Message:
         if self.kind != "multipart" and not (inside and self.kind == "message"):
             number += (1,)  # RFC 3501 6.4.5: what is not multipart has a part 1
             self.numbered.setdefault(number, self)
-        self.after = self.read(number)
+        self.number = number
         if parent:
             parent.children.append(self)
 
@@ -3242,9 +3242,11 @@ class Message:
                 return match.end() - 2, max(fits, key=len)
         return len(self.data), None
 
-    def read(self, number: Numbers) -> int:
-        """Read the body and what is in it, up to the boundary of another; where it ends."""
-        at, mine = self.body, None
+    @cached_property
+    def after(self) -> int:
+        """Read the body and what is in it, up to the boundary of another; where it ends. Often a
+        header is all that is asked for, so it is done when the rest is."""
+        at, mine, number = self.body, None, self.number
         if self.kind == "message":
             at = Message(self.data, at, number, self).after
         elif self.kind == "multipart" and b"boundary" in self.named:
@@ -3283,6 +3285,7 @@ class Message:
 
     def structure(self, extended: bool) -> list[Any]:
         """BODYSTRUCTURE, or BODY; it recurses, but not deeper than MAX_DEPTH."""
+        self.after  # noqa: B018
         if self.kind == "multipart":
             inner = self.children or [Message(b"")]  # the grammar wants one
             words: list[Any] = [tuple(child.structure(extended) for child in inner), self.media[1]]
@@ -3308,6 +3311,8 @@ class Message:
 
     def section(self, part: Numbers, what: str, fields: tuple[str, ...]) -> bytes | None:
         """BODY[part.what (fields)]; None if there is no such part."""
+        if part or what in ("", "TEXT"):
+            self.after  # noqa: B018  has all parts been read
         found = self.numbered.get(part)
         if found and part and what not in ("", "MIME"):
             found = found.children[0] if found.kind == "message" else None
@@ -3332,7 +3337,7 @@ class Message:
 
     def text(self, with_header: bool) -> str:
         """What BODY and TEXT search: the text parts; for TEXT the headers of all parts too."""
-        found = []
+        found, _ = list[str](), self.after
         for part in self.parts:
             if with_header:
                 found.append(decoded_words(self.data[part.start:part.body]))
