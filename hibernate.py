@@ -2754,6 +2754,10 @@ class Index:
                     if self.db.execute(query, (self.stamp,)).rowcount:
                         log.warning("%s: from a backup, new UIDVALIDITYs", path)
 
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # it was never opened
+            self.db.close()  # a Connection and its cache of statements keep each other
+
     @staticmethod
     def put_aside(home: str, reason: object) -> None:
         """Out of the way, but there for whoever wants to look. It costs new UIDVALIDITYs."""
@@ -4008,6 +4012,8 @@ class ImapSession(Session):
     def arrived(self, answer: str) -> Reply:
         if answer:
             yield f"{answer} OK [CAPABILITY {self.capability()}] Logged in\r\n".encode()
+        elif self.tag:
+            yield from self.stirred()
 
     # Commands are read, executed, answered
 
@@ -4126,10 +4132,11 @@ class ImapSession(Session):
         return "" if self.tag else f"OK {code}{' ' if code else ''}{name.capitalize()} completed."
 
     def stirred(self) -> Reply:
-        """Tell all; a folder that was changing that moment is looked at when it has settled."""
-        if self.view and (self.view.new, self.view.cur) == UNSETTLED:
-            yield Pause(0.025)
+        """Tell all; if the folder is changing this moment, again when its time has settled."""
         yield from self.tell(True)
+        if self.view and (self.view.new, self.view.cur) == UNSETTLED and not self.ended:
+            yield Pause(0.025)
+            yield from self.tell(True)
 
     def tell(self, expunges: bool) -> Reply:
         """What is new in the selected mailbox. A busy index is asked again next time."""
