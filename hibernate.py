@@ -358,13 +358,13 @@ class Config(Section):
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
-@dataclass(slots=True, order=True)
+@dataclass(slots=True)
 class Timer:
     """A call that is due at `when` (monotonic seconds). cancel() may come late, and twice."""
 
     when: float
-    call: Callable[[], None] | None = field(compare=False)
-    fd: int = field(compare=False)  # whose session a bug in it would cost; -1 nobody's
+    call: Callable[[], None] | None
+    fd: int  # whose session a bug in it would cost; -1 nobody's
 
     def cancel(self) -> None:
         self.call = None
@@ -376,7 +376,8 @@ class Loop:
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
         self.keys = self.selector.get_map()
-        self.timers: list[Timer] = []
+        self.timers: list[tuple[float, int, Timer]] = []  # a heap: when, serial number
+        self.serial = itertools.count()
         self.purge_at = 256  # so many timers are looked through for cancelled ones
         self.running = True
         self.failed: Callable[[int], None] = lambda fd: None
@@ -398,10 +399,10 @@ class Loop:
 
     def later(self, seconds: float, call: Callable[[], None], fd: int = -1) -> Timer:
         if len(self.timers) >= self.purge_at:
-            self.timers = sorted(timer for timer in self.timers if timer.call)  # it is a heap too
+            self.timers = sorted(entry for entry in self.timers if entry[2].call)  # a heap too
             self.purge_at = 2 * len(self.timers) + 256
         timer = Timer(time.monotonic() + seconds, call, fd)
-        heapq.heappush(self.timers, timer)
+        heapq.heappush(self.timers, (timer.when, next(self.serial), timer))
         return timer
 
     def on_signals(self, table: dict[int, Callable[[], None]]) -> None:
@@ -419,15 +420,15 @@ class Loop:
 
     def run(self) -> None:
         while self.running:
-            wait = max(0.0, self.timers[0].when - time.monotonic()) if self.timers else None
+            wait = max(0.0, self.timers[0][0] - time.monotonic()) if self.timers else None
             for key, mask in self.selector.select(wait):
                 # An earlier event of this batch may have closed this descriptor, and its number
                 # may belong to another session by now: only the very key registered counts.
                 if self.keys.get(key.fd) is key:
                     self.guarded(key.fd, key.data, key.fd, mask)
             now = time.monotonic()
-            while self.timers and self.timers[0].when <= now:
-                timer = heapq.heappop(self.timers)
+            while self.timers and self.timers[0][0] <= now:
+                timer = heapq.heappop(self.timers)[2]
                 if timer.call:
                     self.guarded(timer.fd, timer.call)
 
