@@ -1714,6 +1714,7 @@ class Keeper(Service):
         count = min(file_limit(), self.limit + 4 * RESERVE)
         self.memory = mmap.mmap(-1, count * ctypes.sizeof(Slot))
         self.slots = (Slot * count).from_buffer(self.memory)
+        self.top = 0  # no slot from here on was ever used: to look at one would give it memory
         self.held = 0
         self.period = max(1, math.ceil(self.config.idle_notify_interval or 60))
         self.peeker = self.peek  # one bound method for all, not 64 bytes for each
@@ -1736,8 +1737,9 @@ class Keeper(Service):
         return self.held
 
     def slot_states(self) -> bytes:
-        """The state of every slot: its first byte."""
-        return self.memory[:: ctypes.sizeof(Slot)]
+        """The state of every slot in use: its first byte."""
+        size = ctypes.sizeof(Slot)
+        return self.memory[: self.top * size : size]
 
     # Arriving
 
@@ -1751,6 +1753,7 @@ class Keeper(Service):
             raise ValueError("more than a sleeper can have")
         text = slot_text(record.state, record.seal, record.tag)
         os.set_blocking(fd, False)
+        self.top = max(self.top, fd + 1, number + 1)
         now, wait = time.monotonic(), seconds_to_beat(self.period, state.remote, state.user)
         self.slots[fd].fill(
             beat=int(now + wait) % self.period, rest=int(now), text=text,
@@ -2048,6 +2051,7 @@ class Keeper(Service):
             handler.close()  # its next line opens a log file anew, standard error stays open
         kept = {0, 1, 2, ours.fileno(), self.channel.fileno(), self.inbox.fileno()}
         copies = bytearray(state in LIVING for state in self.slot_states())
+        copies += bytes(len(self.slots) - self.top)
         for fd in range(len(copies)):
             if not copies[fd] and fd not in kept:
                 os.closerange(fd, fd + 1)  # which ignores errors
@@ -2070,6 +2074,7 @@ class Keeper(Service):
             if not fds:
                 os._exit(1)  # no descriptors left here: the keeper forks another
             for number in json.loads(message):
+                self.top = max(self.top, number + 1)
                 copies[number] = 1
                 fd = fds.pop(0)
                 if number in fds:  # in the way of its neighbour
@@ -2083,8 +2088,9 @@ class Keeper(Service):
     def sweep(self, copies: bytearray) -> None:
         """Close what is not, or no longer, in the slots."""
         self.slots[0].rest = int(time.monotonic())
-        for fd, state in enumerate(self.slot_states()):
-            if copies[fd] and state not in LIVING:
+        states = self.slot_states()
+        for fd in itertools.compress(range(self.top), bytes(copies)):
+            if states[fd] not in LIVING:
                 copies[fd] = 0
                 with contextlib.suppress(OSError):  # one that came and went during the fork
                     os.close(fd)
@@ -2097,7 +2103,7 @@ class Keeper(Service):
         self.sweep(copies)
         ours.close()
         slots: dict[int, list[int]] = {state: [] for state in LIVING}
-        for fd, slot in enumerate(self.slots):
+        for fd, slot in enumerate(self.slots[: self.top]):
             slot.watches[:] = 0, 0
             if copies[fd]:
                 slots[slot.state].append(fd)

@@ -3252,6 +3252,7 @@ class Bench:
     def awake(self):
         with self.server("0") as self.live:
             self.meter, sessions = Meter(self.live), min(200, self.options.sessions)
+            self.warm_up(sleeps=False)
             self.start_fleets(self.live.port, sessions)
             before = self.meter.pss()
             _, lost, _ = self.talk(LOG_IN, 16, 60)
@@ -3259,11 +3260,12 @@ class Bench:
             self.row("a session awake, KB PSS", round(grown / 1024 / max(1, sessions - lost), 1))
             self.stop_fleets()
 
-    def warm_up(self):
+    def warm_up(self, sleeps=True):
         """What the first sessions cost once and for all is not what a session costs."""
         self.start_fleets(self.live.port, 50)
         self.talk(LOG_IN, 8, 60)
-        self.all_asleep()
+        if sleeps:
+            self.all_asleep()
         self.stop_fleets()
         eventually(lambda: not self.live.asleep())
 
