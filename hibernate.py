@@ -1124,7 +1124,8 @@ class Client:
                 return self.depart(role.keeper, SLEEP_TIME)
             if not session.tag:  # who listens is kept alive
                 return self.close(ending, farewell=True)
-        due = max(due, now + 0.01) if self.at_rest() and due > now else now + 1.0
+        if due <= now or not self.at_rest():
+            due = now + 1.0
         if self.timer and not now < self.timer.when <= due:
             self.timer.cancel()
             self.timer = None
