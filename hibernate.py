@@ -75,6 +75,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import stat
 import struct
 import subprocess
 import sys
@@ -420,8 +421,9 @@ class Loop:
 
     def run(self) -> None:
         while self.running:
-            wait = max(0.0, self.timers[0][0] - time.monotonic()) if self.timers else None
-            for key, mask in self.selector.select(wait):
+            # Not for days: epoll_wait(2) counts milliseconds in an int.
+            wait = self.timers[0][0] - time.monotonic() if self.timers else 3600.0
+            for key, mask in self.selector.select(min(max(0.0, wait), 3600.0)):
                 # An earlier event of this batch may have closed this descriptor, and its number
                 # may belong to another session by now: only the very key registered counts.
                 if self.keys.get(key.fd) is key:
@@ -540,11 +542,13 @@ class Channel:
             self.send(word.encode(), *fds)
 
     def readable(self, fd: int, mask: int) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             message, fds = receive(self.sock)
-            if not message:
-                self.close()
-            self.heard(self, message, fds)
+        except BlockingIOError:
+            return
+        if not message:
+            self.close()
+        self.heard(self, message, fds)
 
     def finish(self) -> None:
         """Close, and tell this side that the channel has ended."""
@@ -574,6 +578,7 @@ class Channel:
 # ------------------------------------------------------------------------------------------------
 
 RETRIED_ERRORS = "EAGAIN ECONNREFUSED ECONNRESET ENOENT ETOOMANYREFS EPIPE EMFILE ENFILE ENOBUFS"
+LATE = b"late"  # in place of a "!" that has not come
 RETRIED = {"full", "busy", "lost", *RETRIED_ERRORS.split()}  # any other reason is final
 
 
@@ -611,6 +616,8 @@ class State(NamedTuple):
         folder = state.watch[0] if state.watch else ""
         if not isinstance(folder, str) or folder == ".." or re.search(r"[/\0]", folder):
             raise ValueError("a watch outside of home")
+        if not f"{state.sid}{state.user}{state.remote}{state.home}".isprintable():
+            raise ValueError("characters that are not for a log, or a path")
         return state
 
 
@@ -661,7 +668,7 @@ class Mover:
 
     At most IN_FLIGHT at once, the others wait in order of deadline; all that is refused is tried
     again from one timer. It calls parcel(fd) for the record (None: the session is over), then
-    leaving(fd), "!" and given(fd); or else kept(fd, reason).
+    leaving(fd), "!" and given(fd), or stays(fd) if that fails; and kept(fd, reason) in the end.
     """
 
     def __init__(self, loop: Loop, config: Config, owner: Service) -> None:
@@ -717,6 +724,7 @@ class Mover:
             try:
                 channel.send(b"!")
             except OSError:
+                self.owner.stays(fd)
                 self.refused(fd, "lost")
             else:
                 self.keep(fd)
@@ -725,7 +733,7 @@ class Mover:
             self.refused(fd, reply[1:80].decode("ascii", "replace") or "lost")
 
     def refused(self, fd: int, reason: str) -> None:
-        self.refusals[reason] += 1
+        self.refusals[reason if reason in RETRIED else "other"] += 1  # the word is the peer's
         service, deadline, question = self.target[fd]
         self.keep(fd)
         now = time.monotonic()
@@ -887,7 +895,8 @@ class Watcher:
                 known.remove(fd)
         elif known in (fd, array("i", [fd])):
             del self.sessions[number]
-            self.libc.inotify_rm_watch(self.fd, number)
+            if number != self.POLLED:
+                self.libc.inotify_rm_watch(self.fd, number)
 
     def readable(self, fd: int, mask: int) -> None:
         data, at, numbers = os.read(fd, 64 * 1024), 0, set()
@@ -995,7 +1004,8 @@ class Client:
                     self.reply = self.session.step()
                 if self.reply:
                     self.perform(self.reply.send(value))
-                dry = not self.reply
+                else:
+                    dry = True
             except StopIteration:
                 self.reply = None
             except Exception:  # here, or it would cost who called: inotify, or the master's channel
@@ -1052,6 +1062,11 @@ class Client:
             if dry and not self.output:
                 self.rest()
 
+    def fits(self) -> bool:
+        """Into a record? In JSON a byte of input takes six at most. Else a later boundary has to
+        do, when there is less input."""
+        return 6 * len(self.session.buffer) < RECORD_LIMIT - 16 * 1024
+
     def at_rest(self) -> bool:
         return self.phase is Phase.RUNNING and not self.reply and not self.output
 
@@ -1059,7 +1074,7 @@ class Client:
         """Nothing to execute, nothing to send: listen, sleep later, or move on now."""
         if self.eof:
             self.close("client closed the connection")
-        elif self.service.draining and self.session.movable():
+        elif self.service.draining and self.session.movable() and self.fits():
             self.depart(self.service.role.name, self.session.config.orphan_timeout)
         else:
             if self.listen():  # not at once: what failed would fail again
@@ -1115,7 +1130,7 @@ class Client:
         if not session.user:
             limit = SPEAK_TIME if role.requests else config.login_timeout
             ending = "log-in took too long"
-        elif role.keeper and config.hibernate_timeout and session.movable():
+        elif role.keeper and config.hibernate_timeout and session.movable() and not session.buffer:
             limit, ending = config.hibernate_timeout, ""
         now = time.monotonic()
         due = self.rested + limit
@@ -1174,7 +1189,7 @@ class Client:
             self.close("server was shut down", farewell=True)
             return
         if reason not in RETRIED | {"changed"}:
-            log.warning("<%s> stays awake: %s", self.session.sid, reason)
+            log.warning("<%s> stays awake: %r", self.session.sid, reason)
         self.pump()
         self.rested += max(0.0, AWAKE_TIME - self.session.config.hibernate_timeout)
 
@@ -1228,7 +1243,7 @@ class Service:
         self.stretched = False  # all are full: take a few more from the inbox, or refuse them
         self.unread: set[int] = set()  # of the siblings' SO_REUSEPORT sockets: see cover()
         self.covered: dict[int, float] = {}
-        self.paused = False  # no descriptors left
+        self.resume_at = 0.0  # no descriptor is left until then
         self.title = Title(f"{self.config.program.name}/{self.role.name}")
         self.key = sealing_key(self.config.base_dir) if self.role.trusted else b""
         with contextlib.suppress(OSError):
@@ -1268,7 +1283,7 @@ class Service:
         """The one place that decides whether this process accepts, and what the master hears."""
         room = self.room()
         self.stretched = self.stretched and room <= 0
-        accepts = not self.draining and not self.paused
+        accepts = not self.draining and time.monotonic() >= self.resume_at
         spare = self.limit // 4 if self.stretched else 0
         shed = spare > 0 and self.role.sheds
         for slot, sock in self.sockets():
@@ -1329,28 +1344,25 @@ class Service:
             except OSError as error:
                 # EMFILE and its kin: a level-triggered listener would spin.
                 log.error("accept: %s; pausing for a second", error.strerror)
-                self.paused = True
-                self.loop.later(1.0, self.unpause)
+                self.resume_at = time.monotonic() + 1.0
+                self.loop.later(1.0, self.update)
                 return None
-
-    def unpause(self) -> None:
-        self.paused = False
-        self.update()
 
     def accept_client(self, listener: int, mask: int) -> None:
         """In small bites, so that siblings get their share of a burst."""
         for _ in range(4):
-            if (self.room() <= 0 and not self.shed()) or not (sock := self.accept(listener)):
+            full = self.room() <= 0
+            if (full and not self.idle()) or not (sock := self.accept(listener)):
                 break
+            if full:  # only now: a sibling may have been faster
+                min(self.idle(), key=lambda c: c.rested).close("Too many connections", True)
             self.welcome(sock)
         self.update()
 
-    def shed(self) -> bool:
-        """Make room: the oldest session that has not tried to log in gives way."""
-        idle = [client for client in self.clients.values() if client.phase is Phase.RUNNING]
-        if self.role.sheds and self.stretched and idle:
-            min(idle, key=lambda client: client.rested).close("Too many connections", True)
-        return self.room() > 0
+    def idle(self) -> list[Client]:
+        """Who gives way when all are full: those that have not tried to log in."""
+        sheds = self.role.sheds and self.stretched
+        return [c for c in self.clients.values() if sheds and c.phase is Phase.RUNNING]
 
     def welcome(self, sock: socket.socket) -> None:
         """A client from outside, or, without an address, one of our processes with a question."""
@@ -1379,12 +1391,20 @@ class Service:
         elif sock and self.role.requests:
             self.welcome(sock)
         elif sock:
-            self.expect(sock, None, SPEAK_TIME)
+            self.expect(sock)
         self.update()
 
-    def expect(self, sock: socket.socket, held: Any, timeout: float) -> None:
+    def expect(self, sock: socket.socket, held: Any = None) -> None:
         """Listen to a sender: for its record, or, if that is held, for its "!"."""
-        self.arrivals[Channel(self.loop, sock, self.arriving, timeout)] = held
+        channel = Channel(self.loop, sock, self.arriving, SPEAK_TIME)
+        self.arrivals[channel] = held
+        if held is not None:
+            self.await_commit(channel)
+
+    def await_commit(self, channel: Channel) -> None:
+        """A sender that was told "+" and is stopped must leave no client hanging."""
+        channel.expire(0)
+        channel.timer = self.loop.later(COMMIT_TIME, lambda: self.arriving(channel, LATE, []))
 
     def trusts(self, sock: socket.socket) -> bool:
         """Is the peer one of our processes? The kernel knows its user: SO_PEERCRED, unix(7)."""
@@ -1403,14 +1423,14 @@ class Service:
                     raise ValueError("descriptor" if fds else "busy")
                 record, state = self.read_record(message)
                 self.arrivals[channel] = self.hold(record, state, fds[0], channel)
+                self.await_commit(channel)
                 word = "+"
-                channel.expire(0)
-                channel.timer = self.loop.later(COMMIT_TIME, lambda: self.silent(channel))
             except (ValueError, OSError) as error:
                 close_all(fds)
-                self.counts[f"refused {error}"[:60]] += 1
-                if str(error) not in RETRIED | {"changed"}:
-                    log.warning("a session was refused: %.70s", error)
+                known = str(error) in RETRIED | {"changed"}
+                self.counts[f"refused {error}" if known else "refused"] += 1
+                if not known:
+                    log.warning("a session was refused: %.70r", str(error))
                 word = f"-{error}"[:80]
             channel.tell(word)  # a sender that has left: its end comes next
             return
@@ -1420,14 +1440,9 @@ class Service:
         if message == b"!":
             self.begin(held)
         elif held is not None:  # the sender has given up, or is gone: touch nothing
-            self.abandon(held)
-        self.update()
-
-    def silent(self, channel: Channel) -> None:
-        """The sender was told "+" and is stopped: end the session, so that no client hangs."""
-        log.warning("a hand-over was not committed within %d s", COMMIT_TIME)
-        self.abandon(self.arrivals.pop(channel), shutdown=True)
-        channel.close()
+            if message == LATE:
+                log.warning("a hand-over was not committed within %d s", COMMIT_TIME)
+            self.abandon(held, shutdown=message == LATE)
         self.update()
 
     def read_record(self, message: bytes) -> tuple[Record, State]:
@@ -1475,7 +1490,7 @@ class Service:
             end_socket(client.sock)
         client.sock.close()
 
-    # Hand-over, the sender's half: see Owner
+    # Hand-over, the sender's half: see Mover
 
     def parcel(self, fd: int) -> bytes | None:
         try:
@@ -1486,6 +1501,9 @@ class Service:
 
     def leaving(self, fd: int) -> None:
         """Nothing to mark: until "!" is sent this process can go on with it."""
+
+    def stays(self, fd: int) -> None:
+        """The "!" could not be sent."""
 
     def given(self, fd: int) -> None:
         client = self.clients[fd]
@@ -1715,7 +1733,6 @@ class Keeper(Service):
         count = min(file_limit(), self.limit + 4 * RESERVE)
         self.memory = mmap.mmap(-1, count * ctypes.sizeof(Slot))
         self.slots = (Slot * count).from_buffer(self.memory)
-        self.top = 0  # no slot from here on was ever used: to look at one would give it memory
         self.held = 0
         self.period = max(1, math.ceil(self.config.idle_notify_interval or 60))
         self.peeker = self.peek  # one bound method for all, not 64 bytes for each
@@ -1737,6 +1754,11 @@ class Keeper(Service):
     def count(self) -> int:
         return self.held
 
+    @property
+    def top(self) -> int:
+        """No slot from here on was ever used; to look at one would give it memory."""
+        return int(self.slots[0].beat)  # of no session: there the twin finds it, too
+
     def slot_states(self) -> bytes:
         """The state of every slot in use: its first byte."""
         size = ctypes.sizeof(Slot)
@@ -1754,7 +1776,7 @@ class Keeper(Service):
             raise ValueError("more than a sleeper can have")
         text = slot_text(record.state, record.seal, record.tag)
         os.set_blocking(fd, False)
-        self.top = max(self.top, fd + 1, number + 1)
+        self.slots[0].beat = max(self.top, fd + 1, number + 1)
         now, wait = time.monotonic(), seconds_to_beat(self.period, state.remote, state.user)
         self.slots[fd].fill(
             beat=int(now + wait) % self.period, rest=int(now), text=text,
@@ -1926,14 +1948,15 @@ class Keeper(Service):
             self.waking[fd] = "input"  # now somebody waits: should this try fail, sooner
             self.mover.target[fd] = self.role.wakes, time.monotonic() + MOVE_TIME, b""
         slot = self.slots[fd]
-        if slot.state == GONE:  # an earlier "!" failed, and the twin may have let it go
-            slot.state = HELD
-            self.copy(fd)
         state, mark, tag = slot.lines()
         return Record(tag, slot.received, slot.sent, "", "", state, mark).encode()
 
     def leaving(self, fd: int) -> None:
         self.slots[fd].state = GONE
+
+    def stays(self, fd: int) -> None:
+        self.slots[fd].state = HELD
+        self.copy(fd)  # the twin may have let it go
 
     def given(self, fd: int) -> None:
         self.forget(fd)
@@ -1954,7 +1977,7 @@ class Keeper(Service):
         if self.waking[fd] == "drain":  # the next generation has not the room for all to sleep
             self.depart(fd, "room", self.role.wakes, self.config.orphan_timeout / 2)
             return
-        log.error("a sleeper could not be moved: %s", reason)
+        log.error("a sleeper could not be moved: %r", reason)
         self.end(fd, "Server is too busy, please log in again")
 
     def end(self, fd: int, reason: str) -> None:
@@ -1999,7 +2022,7 @@ class Keeper(Service):
                 sockets.pop_all()
                 theirs.close()
                 self.twin = process, Channel(self.loop, ours, self.twin_ended)
-                self.slots[0].rest = int(time.monotonic())  # of no session: the twin's last sweep
+                self.slots[0].rest = int(time.monotonic())  # the twin's last sweep
 
     def twin_ended(self, channel: Channel, message: bytes, fds: list[int]) -> None:
         close_all(fds)
@@ -2075,7 +2098,6 @@ class Keeper(Service):
             if not fds:
                 os._exit(1)  # no descriptors left here: the keeper forks another
             for number in json.loads(message):
-                self.top = max(self.top, number + 1)
                 copies[number] = 1
                 fd = fds.pop(0)
                 if number in fds:  # in the way of its neighbour
@@ -2126,7 +2148,7 @@ class Keeper(Service):
             if (fd := int(self.slots[number].text)) in offered:
                 offered.discard(fd)
                 held = fd, self.slots[fd].known(), number
-                self.expect(socket.socket(fileno=number), held, COMMIT_TIME)
+                self.expect(socket.socket(fileno=number), held)
         for fd in offered:
             self.slots[fd].state = FREE
             os.close(fd)
@@ -2354,8 +2376,9 @@ class Master:
 
     def child_main(self, pool: Pool, slot: int, ours: socket.socket, theirs: socket.socket) -> None:
         """The new process: put in order what the fork has copied, then be a service."""
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN)  # a Ctrl-C reaches the whole process group
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, a twin could not be waited for
         # With a copy of a channel, to a sibling or to who asks, its peer would not see its end.
         known = [getattr(key.data, "__self__", None) for key in self.loop.keys.values()]
         channels = [one.sock for one in known if isinstance(one, Channel)]
@@ -2364,6 +2387,11 @@ class Master:
             sock.close()
         self.loop.close()  # an epoll object is shared over fork: not even unregister in it
         os.close(self.lock)
+        parent = multiprocessing.parent_process()  # which keeps two pipe ends for each sibling
+        for fd in map(int, os.listdir("/dev/fd")):
+            with contextlib.suppress(OSError):
+                if fd > 2 and parent and fd != parent.sentinel:
+                    close_all([fd] * stat.S_ISFIFO(os.fstat(fd).st_mode))
         (Keeper if pool.role.wakes else Service)(self, pool, slot).run(theirs)
 
     def heard(self, pool: Pool, child: Child, message: bytes, fds: list[int]) -> None:
@@ -2384,8 +2412,8 @@ class Master:
             for pool in self.pools
         ):
             notify("READY=1")
-            self.ready(self)
-            self.ready = None
+            ready, self.ready = self.ready, None
+            ready(self)
 
     def bury(self, pool: Pool, child: Child) -> None:
         """Neither the process nor a survivor is left."""
@@ -2434,7 +2462,12 @@ class Master:
     # What it is told
 
     def accept_control(self, fd: int, mask: int) -> None:
-        Channel(self.loop, self.control.accept()[0], self.command, SPEAK_TIME)
+        try:
+            Channel(self.loop, self.control.accept()[0], self.command, SPEAK_TIME)
+        except OSError as error:
+            log.error("control: %s", error.strerror)
+            self.loop.unwatch(fd)
+            self.loop.later(1.0, lambda: self.loop.watch(fd, READ, self.accept_control))
 
     def command(self, channel: Channel, message: bytes, fds: list[int]) -> None:
         close_all(fds)
@@ -2511,8 +2544,9 @@ class Master:
         except (Failure, OSError, subprocess.TimeoutExpired) as error:
             log.error("refused: %s", error)
             tell(f"refused: {error}")
-        notify("READY=1")
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
+        finally:
+            notify("READY=1")
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
 
 
 def notify(text: str) -> None:
@@ -2881,8 +2915,8 @@ class Index:
         under a version line and with tabs between the levels."""
         names, path = set[str](), self.home + b"/subscriptions"
         with contextlib.suppress(FileNotFoundError), open(path, errors="ignore") as file:
-            names.update(re.findall("(?m)^(?!V\\.).+$", file.read().replace("\t", ".")))
-        return sorted(names)
+            names.update(file.read().removeprefix("V\t2\n").replace("\t", ".").split("\n"))
+        return sorted(names - {""})
 
     def subscribe(self, name: str, wanted: bool) -> None:
         path = self.home + b"/subscriptions"
@@ -2988,8 +3022,6 @@ class Index:
         updates, refused, change = [], [], COMBINE[how]
         with self.transaction():
             box = self.by_id(number)
-            if unchanged_since < 2**63:
-                self.scan(box)  # what others did counts, too
             names = self.known_keywords(box, keywords)
             for row in self.rows(number, uids):
                 letters, words = {*row.flags}, {*row.keywords.split()}
@@ -3015,34 +3047,39 @@ class Index:
         return box.uidnext
 
     def copy(self, source: Mailbox, uids: Sequence[int], target: Mailbox, move: bool) -> Pairs:
-        """All or nothing: the UIDs here and there. Moving expunges when the copies are safe:
-        killed in between, it leaves both, never none."""
+        """All or nothing: the UIDs here and there. Moving takes the originals away, in the same
+        transaction, when the copies are on disk: killed in between it leaves both, never none."""
         copies = []
         with self.transaction():
             source, target = self.by_id(source.id), self.by_id(target.id)
             there = self.folder(target.name)
             if len(rows := self.rows(source.id, uids)) < len(uids):
                 raise Vanished("EXPUNGEISSUED", "Some of the messages no longer exist")
-            self.known_keywords(target, (word for row in rows for word in row.keywords.split()))
+            words = {word for row in rows for word in row.keywords.split()}
+            spelt = {word.lower(): word for word in self.known_keywords(target, words)}
             for uid, row in enumerate(rows, target.uidnext):
                 file = b"cur/" + unique_name() + b":2," + row.flags.encode()
                 self.on_file(source, row, partial(os.link, dst=there + b"/" + file))
                 self.undo.callback(os.unlink, there + b"/" + file)
-                copies.append((uid, file, row.keywords))
+                copies.append((uid, file, " ".join(spelt[w.lower()] for w in row.keywords.split())))
             sync_directory(there + b"/cur")
             self.put(target.id, copies)
-        if move:
-            self.expunge(source.id, uids)
+            if move:
+                self.undo.pop_all()  # no way back: whatever comes, the copies stay
+                self.erase(source, rows)
         return [(row.uid, uid) for row, (uid, *_) in zip(rows, copies)]
 
     def expunge(self, number: int, uids: Sequence[int], deleted_only: bool = False) -> None:
         with self.transaction():
             box = self.scan(self.by_id(number))  # somebody may have taken \Deleted off again
             rows = [r for r in self.rows(number, uids) if "T" in r.flags or not deleted_only]
-            for row in rows:
-                with contextlib.suppress(Vanished):
-                    self.on_file(box, row, os.unlink)
-            self.db.execute(f"DELETE {CHOSEN}", (number, compact([row.uid for row in rows])))
+            self.erase(box, rows)
+
+    def erase(self, box: Mailbox, rows: list[MessageRow]) -> None:
+        for row in rows:
+            with contextlib.suppress(Vanished):
+                self.on_file(box, row, os.unlink)
+        self.db.execute(f"DELETE {CHOSEN}", (box.id, compact([row.uid for row in rows])))
 
 
 open_index = lru_cache(INDEXES_OPEN)(Index)
@@ -3851,7 +3888,7 @@ PARSED: dict[bytes, Callable[[Message], bytes]] = {  # never change, and are kep
 }
 
 # The cost of a key, its test, what follows it. Cheap ones are tried first: for 0 the index is
-# enough, 1 takes the file's status, 2 the message, 3 all its text.
+# enough, 1 takes the file's status (or a size that is known), 2 the message, 3 all its text.
 SEARCH_KEYS: dict[str, tuple[Any, ...]] = {
     "ALL": (0, lambda m: True),
     "NEW": (0, lambda m: m.recent and "S" not in m.row.flags),
@@ -3903,8 +3940,8 @@ def wildcard(pattern: str, name: str) -> bool:
     >>> wildcard("a%.*", "ab.c.d"), wildcard("a%", "ab.c"), wildcard("*", "x")
     (True, False, True)
     """
-    if name == "INBOX" or name.startswith("INBOX."):
-        pattern = pattern[:5].upper() + pattern[5:]
+    fold = 5 * (name == "INBOX" or name.startswith("INBOX."))  # in any case
+    pattern = re.sub(r"[*%]{2,}", lambda run: "*" if "*" in run[0] else "%", pattern)
     reached = {0}  # the pattern so far matches these lengths of the name
     for char in pattern:
         if char in "*%":
@@ -3912,7 +3949,10 @@ def wildcard(pattern: str, name: str) -> bool:
                 if at in reached and (char == "*" or each != "."):
                     reached.add(at + 1)
         else:
-            reached = {at + 1 for at in reached if name[at : at + 1] == char}
+            reached = {at + 1 for at in reached
+                       if name[at : at + 1] == (char.upper() if at < fold else char)}
+        if not reached:
+            break
     return len(name) in reached
 
 
@@ -4048,6 +4088,8 @@ class ImapSession(Session):
                 yield self.bye(str(error))
             except FAULTS as error:
                 text = self.refusal(error)
+                if isinstance(error, Vanished):  # of a COPY or MOVE: let the client know which
+                    yield from self.tell(True)
             while self.literal >= 0 and not self.waits:  # sent in spite of the error
                 yield from self.receive(len)
                 yield from self.line()
@@ -4216,8 +4258,9 @@ class ImapSession(Session):
         return "[READ-ONLY]" if readonly else "[READ-WRITE]"
 
     def delete(self, name: str) -> None:
+        mine = self.view and self.view.box().name == name
         self.index.delete_folder(name)
-        if self.view and self.view.name == name:
+        if mine:
             self.view = None
 
     def list_names(self, reference: str, pattern: str, lsub: bool = False) -> Reply:
@@ -4228,11 +4271,12 @@ class ImapSession(Session):
         if not pattern:
             yield row % (command, b"\\Noselect", b'""')
             return
-        for name in names if lsub and not pattern.endswith("%") else with_parents(names):
+        every = with_parents(names)
+        parents, mailboxes = {each.rpartition(".")[0] for each in every}, {*names}
+        for name in names if lsub and not pattern.endswith("%") else every:
             if wildcard(reference + pattern, name):
-                children = any(each.startswith(name + ".") for each in names)
-                flags = [b"\\HasChildren" if children else b"\\HasNoChildren"] * (not lsub)
-                flags = [b"\\Noselect"] * (name not in names) + flags
+                flags = [b"\\HasChildren" if name in parents else b"\\HasNoChildren"] * (not lsub)
+                flags = [b"\\Noselect"] * (name not in mailboxes) + flags
                 yield row % (command, b" ".join(flags), atom_or_quoted(name))
 
     def status(self, name: str, items: list[str]) -> Reply:
@@ -4271,17 +4315,21 @@ class ImapSession(Session):
         if leave:
             self.view = None
 
-    def walk(self, view: View, uids: Sequence[int], recall: bool, see: bool) -> Iterator[Candidate]:
+    def walk(
+        self, view: View, uids: Sequence[int], recall: bool, see: bool, since: int = -1
+    ) -> Iterator[Candidate]:
         """The messages that still exist, some looked up at a time; to `see` them sets \\Seen, of
         few before they are sent; `recall` what is known of their text."""
         size = BATCH_READ if see else BATCH
+        view.index.refresh(view.box())  # or each file that others renamed costs a listing
         for at in range(0, len(uids), size):
             box, part = view.box(), uids[at : at + size]
             query = "SELECT uid, item, value FROM parsed WHERE box = ? AND uid BETWEEN ? AND ?"
             found = view.query(query, part[0], part[-1]) if recall else []
             parsed = {(uid, item): value for uid, item, value in found}
             rows = view.index.rows(box.id, part)
-            unseen = [row.uid for row in rows if see and "S" not in row.flags]
+            unseen = [row.uid for row in rows
+                      if see and "S" not in row.flags and row.modseq > since]
             if unseen:
                 self.own.add(view.index.store(box.id, unseen, "+", "S")[0])
                 rows = view.index.rows(box.id, part)
@@ -4296,7 +4344,7 @@ class ImapSession(Session):
         if move and view.readonly:
             raise MailError("READ-ONLY", "Mailbox is read-only")
         target = self.index.by_name(name, "TRYCREATE")
-        old, new = zip(*view.index.copy(view.box(), uids, target, move))
+        old, new = zip(*view.index.copy(view.index.refresh(view.box()), uids, target, move))
         code = f"[COPYUID {target.uidvalidity} {compact_set(old)} {compact_set(new)}]"
         if move:
             yield f"* OK {code} Moved UIDs.\r\n".encode()
@@ -4309,6 +4357,7 @@ class ImapSession(Session):
             raise MailError("READ-ONLY", "Mailbox is read-only")
         if silent:  # what others changed before would be hidden with our own change
             yield from self.tell(False)
+        view.index.refresh(view.box())  # what others did counts, too
         for at in range(0, len(uids), BATCH):
             part = uids[at : at + BATCH]
             modseq, left = view.index.store(view.box().id, part, how, flags, keywords, since)
@@ -4334,7 +4383,7 @@ class ImapSession(Session):
         uids, there = view.pick(ranges, self.by_uid), 0
         items = [UID] * self.by_uid + items + [MODSEQ] * (since >= 0)
         recall = any(name in PARSED for name, _ in items)
-        for message in self.walk(view, uids, recall, see and not view.readonly):
+        for message in self.walk(view, uids, recall, see and not view.readonly, since):
             with contextlib.suppress(Vanished):
                 seen = [FLAGS] * (message.row.modseq in self.own)  # just now
                 new = message.row.modseq > since

@@ -1529,6 +1529,13 @@ def test_with_reuse_port_the_share_of_a_full_stopped_or_missing_process_goes_to_
         os.kill(stopped, signal.SIGCONT)
 
 
+def test_a_process_holds_none_of_the_descriptors_of_its_siblings():
+    with Server(FOUR) as server:
+        pids = eventually(lambda: (found := server.pids("imap-login"))[3:] and found)
+        held = {len(os.listdir(f"/proc/{pid}/fd")) for pid in pids}
+        assert len(held) == 1 and held.pop() < 20
+
+
 def test_a_second_instance_takes_the_port_over_from_the_first_under_a_stream_of_connects():
     refused, reset, served = 0, 0, 0
     with Server(FOUR, listener="port = 0\n reuse_port = yes") as first:
@@ -2280,6 +2287,38 @@ def test_the_maildir_after_the_transcript_is_what_mutt_would_see(transcript, ser
     work = {entry["Subject"]: entry.get_flags() for entry in box.get_folder("Work")}
     assert work == {"one": "S", "=?utf-8?q?gr=C3=BC=C3=9Fe?=": "", "two": "DS"}
     assert not list(server.home(transcript.user).glob("**/tmp/*"))
+
+
+def test_what_the_auditors_tripped_over_is_answered_as_dovecot_does(server, user):
+    for number in range(3):
+        server.maildir(user).add(message(str(number)))
+    with Imap(server, user) as client, Imap(server, user) as other:
+        client.cmd("CREATE INBOX.work")
+        client.cmd("CREATE x")
+        for pattern in ("*.work", "%.work", "inbox.work"):
+            assert "INBOX.work" in "".join(client.cmd(f'LIST "" {pattern}')), pattern
+        assert "INBOX" not in "".join(client.cmd('LIST "" ' + "*a" * 20000))
+        client.cmd("SUBSCRIBE x")
+        assert client.cmd('LSUB "" *')[:-1] == ['* LSUB () "." x']
+        client.cmd("APPEND x ($Label)", literal=b"Subject: a\r\n\r\n")
+        client.cmd("SELECT INBOX")
+        client.cmd("STORE 1 FLAGS ($label)")
+        client.cmd("UID COPY 1 x")
+        told = "".join(client.cmd("FETCH 1:3 MODSEQ"))
+        highest = max(map(int, re.findall(r"MODSEQ \((\d+)", told)))
+        assert not client.cmd(f"FETCH 1:3 (BODY[]) (CHANGEDSINCE {highest})")[:-1]
+        other.cmd("SELECT INBOX")
+        other.cmd("STORE 2 +FLAGS (\\Deleted)")
+        other.cmd("EXPUNGE")
+        assert "* 2 EXPUNGE" in client.cmd("COPY 1:3 x", "NO \\[EXPUNGEISSUED\\]")
+        assert client.cmd("COPY 1:2 x")[-1].count("COPYUID") == 1
+        client.cmd("SELECT x")
+        assert "$label" not in "".join(client.cmd("FETCH 1:* FLAGS"))  # one spelling: $Label
+        client.cmd("STORE 1:* -FLAGS ($LABEL)")
+        assert client.cmd("SEARCH KEYWORD $label")[0] == "* SEARCH"
+        client.cmd("RENAME x y")
+        client.cmd("DELETE y")
+        client.cmd("NOOP")
 
 
 def test_append_keeps_bytes_flags_and_date(server, user):
