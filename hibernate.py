@@ -616,8 +616,8 @@ class State(NamedTuple):
         folder = state.watch[0] if state.watch else ""
         if not isinstance(folder, str) or folder == ".." or re.search(r"[/\0]", folder):
             raise ValueError("a watch outside of home")
-        if not f"{state.sid}{state.user}{state.remote}{state.home}".isprintable():
-            raise ValueError("characters that are not for a log, or a path")
+        if re.search(r"[\r\n\0]", state.sid + state.user + state.remote + state.home):
+            raise ValueError("characters that no log or path can have")
         return state
 
 
