@@ -1435,14 +1435,14 @@ class Service:
             channel.tell(word)  # a sender that has left: its end comes next
             return
         del self.arrivals[channel]
-        channel.close()
-        close_all(fds)
-        if message == b"!":
+        if message == b"!":  # at once: a twin can't know that it was read
             self.begin(held)
         elif held is not None:  # the sender has given up, or is gone: touch nothing
             if message == LATE:
                 log.warning("a hand-over was not committed within %d s", COMMIT_TIME)
             self.abandon(held, shutdown=message == LATE)
+        channel.close()
+        close_all(fds)
         self.update()
 
     def read_record(self, message: bytes) -> tuple[Record, State]:
@@ -1813,11 +1813,11 @@ class Keeper(Service):
 
     def begin(self, held: Any) -> None:
         fd, state, number = held
-        log.info("<%s> %s %s is here", state.sid, state.user, state.remote)
+        self.slots[fd].state = HELD
+        self.slots[number].state = FREE
         self.held += 1
         self.counts["adopted"] += 1
-        self.slots[number].state = FREE
-        self.slots[fd].state = HELD
+        log.info("<%s> %s %s is here", state.sid, state.user, state.remote)
         self.tend(fd)
         self.arm(fd, state)
 
@@ -2149,6 +2149,9 @@ class Keeper(Service):
                 offered.discard(fd)
                 held = fd, self.slots[fd].known(), number
                 self.expect(socket.socket(fileno=number), held)
+            else:  # the "!" was read, or the offer had come to nothing
+                self.slots[number].state = FREE
+                os.close(number)
         for fd in offered:
             self.slots[fd].state = FREE
             os.close(fd)
