@@ -1435,15 +1435,17 @@ class Service:
             channel.tell(word)  # a sender that has left: its end comes next
             return
         del self.arrivals[channel]
-        if message == b"!":  # at once: a twin can't know that it was read
-            self.begin(held)
-        elif held is not None:  # the sender has given up, or is gone: touch nothing
-            if message == LATE:
-                log.warning("a hand-over was not committed within %d s", COMMIT_TIME)
-            self.abandon(held, shutdown=message == LATE)
-        channel.close()
-        close_all(fds)
-        self.update()
+        try:
+            if message == b"!":  # at once: a twin can't know that it was read
+                self.begin(held)
+            elif held is not None:  # the sender has given up, or is gone: touch nothing
+                if message is LATE:
+                    log.warning("a hand-over was not committed within %d s", COMMIT_TIME)
+                self.abandon(held, shutdown=message is LATE)
+        finally:
+            channel.close()
+            close_all(fds)
+            self.update()
 
     def read_record(self, message: bytes) -> tuple[Record, State]:
         record = Record.decode(message)
@@ -1768,7 +1770,7 @@ class Keeper(Service):
 
     def hold(self, record: Record, state: State, fd: int, channel: Channel) -> Any:
         number = channel.sock.fileno()
-        if self.room() < 0 or max(fd, number) >= len(self.slots):
+        if self.room() < 0 or max(fd, number) >= len(self.slots) or 0 in (fd, number):
             raise ValueError("full")
         with borrowed(fd, -1) as sock:
             identity(sock)  # OSError: no socket, or its client has gone
@@ -2075,7 +2077,7 @@ class Keeper(Service):
             handler.close()  # its next line opens a log file anew, standard error stays open
         kept = {0, 1, 2, ours.fileno(), self.channel.fileno(), self.inbox.fileno()}
         copies = bytearray(state in LIVING for state in self.slot_states())
-        copies += bytes(len(self.slots) - self.top)
+        copies += bytes(len(self.slots) - len(copies))
         for fd in range(len(copies)):
             if not copies[fd] and fd not in kept:
                 os.closerange(fd, fd + 1)  # which ignores errors
@@ -2189,8 +2191,19 @@ class Child(Channel):
     slot: int
     process: Any  # of a keeper that was killed, if its survivor is at the other end now
     room: int  # until its first report: what it will have
+    pipes: set[int]  # which multiprocessing keeps for it, and which its siblings inherit
     clients = 0
     reported = False
+
+
+def open_pipes() -> set[int]:
+    found = set()
+    with contextlib.suppress(OSError):
+        for fd in map(int, os.listdir("/dev/fd")):
+            with contextlib.suppress(OSError):  # it was that of the directory itself
+                if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                    found.add(fd)
+    return found
 
 
 @dataclass(eq=False)
@@ -2362,6 +2375,7 @@ class Master:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             main = partial(self.child_main, pool, slot, ours, theirs)
             process = multiprocessing.get_context("fork").Process(target=main, name=pool.role.name)
+            before = open_pipes()
             process.start()
         except OSError as error:
             log.error("service %s: fork: %s", pool.role.name, error.strerror)
@@ -2369,6 +2383,7 @@ class Master:
         theirs.close()
         child = Child(self.loop, ours, partial(self.heard, pool))
         child.slot, child.process, child.room = slot, process, pool.settings.client_limit
+        child.pipes = open_pipes() - before
         pool.children.append(child)
 
     def throttle(self, pool: Pool) -> None:
@@ -2390,11 +2405,9 @@ class Master:
             sock.close()
         self.loop.close()  # an epoll object is shared over fork: not even unregister in it
         os.close(self.lock)
-        parent = multiprocessing.parent_process()  # which keeps two pipe ends for each sibling
-        for fd in map(int, os.listdir("/dev/fd")):
-            with contextlib.suppress(OSError):
-                if fd > 2 and parent and fd != parent.sentinel:
-                    close_all([fd] * stat.S_ISFIFO(os.fstat(fd).st_mode))
+        for other in self.pools:
+            for sibling in other.children:
+                close_all(sibling.pipes)
         (Keeper if pool.role.wakes else Service)(self, pool, slot).run(theirs)
 
     def heard(self, pool: Pool, child: Child, message: bytes, fds: list[int]) -> None:
@@ -3050,8 +3063,8 @@ class Index:
         return box.uidnext
 
     def copy(self, source: Mailbox, uids: Sequence[int], target: Mailbox, move: bool) -> Pairs:
-        """All or nothing: the UIDs here and there. Moving takes the originals away, in the same
-        transaction, when the copies are on disk: killed in between it leaves both, never none."""
+        """All or nothing: the UIDs here and there. A message moves by a rename: whatever happens,
+        it is in one of the two."""
         copies = []
         with self.transaction():
             source, target = self.by_id(source.id), self.by_id(target.id)
@@ -3062,27 +3075,30 @@ class Index:
             spelt = {word.lower(): word for word in self.known_keywords(target, words)}
             for uid, row in enumerate(rows, target.uidnext):
                 file = b"cur/" + unique_name() + b":2," + row.flags.encode()
-                self.on_file(source, row, partial(os.link, dst=there + b"/" + file))
-                self.undo.callback(os.unlink, there + b"/" + file)
+                self.on_file(source, row, partial(self.take, there + b"/" + file, move))
                 copies.append((uid, file, " ".join(spelt[w.lower()] for w in row.keywords.split())))
             sync_directory(there + b"/cur")
             self.put(target.id, copies)
             if move:
-                self.undo.pop_all()  # no way back: whatever comes, the copies stay
-                self.erase(source, rows)
+                self.db.execute(f"DELETE {CHOSEN}", (source.id, compact([r.uid for r in rows])))
         return [(row.uid, uid) for row, (uid, *_) in zip(rows, copies)]
+
+    def take(self, copy: bytes, move: bool, path: bytes) -> None:
+        if move:
+            os.rename(path, copy)
+            self.undo.callback(os.rename, copy, path)
+        else:
+            os.link(path, copy)
+            self.undo.callback(os.unlink, copy)
 
     def expunge(self, number: int, uids: Sequence[int], deleted_only: bool = False) -> None:
         with self.transaction():
             box = self.scan(self.by_id(number))  # somebody may have taken \Deleted off again
             rows = [r for r in self.rows(number, uids) if "T" in r.flags or not deleted_only]
-            self.erase(box, rows)
-
-    def erase(self, box: Mailbox, rows: list[MessageRow]) -> None:
-        for row in rows:
-            with contextlib.suppress(Vanished):
-                self.on_file(box, row, os.unlink)
-        self.db.execute(f"DELETE {CHOSEN}", (box.id, compact([row.uid for row in rows])))
+            for row in rows:
+                with contextlib.suppress(Vanished):
+                    self.on_file(box, row, os.unlink)
+            self.db.execute(f"DELETE {CHOSEN}", (number, compact([row.uid for row in rows])))
 
 
 open_index = lru_cache(INDEXES_OPEN)(Index)
@@ -4324,7 +4340,10 @@ class ImapSession(Session):
         """The messages that still exist, some looked up at a time; to `see` them sets \\Seen, of
         few before they are sent; `recall` what is known of their text."""
         size = BATCH_READ if see else BATCH
-        view.index.refresh(view.box())  # or each file that others renamed costs a listing
+        box = view.box()
+        if (box.new, box.cur) != UNSETTLED:  # or each file that others renamed costs a listing
+            with contextlib.suppress(sqlite3.OperationalError):
+                view.index.refresh(box)
         for at in range(0, len(uids), size):
             box, part = view.box(), uids[at : at + size]
             query = "SELECT uid, item, value FROM parsed WHERE box = ? AND uid BETWEEN ? AND ?"
@@ -4360,7 +4379,8 @@ class ImapSession(Session):
             raise MailError("READ-ONLY", "Mailbox is read-only")
         if silent:  # what others changed before would be hidden with our own change
             yield from self.tell(False)
-        view.index.refresh(view.box())  # what others did counts, too
+        else:
+            view.index.refresh(view.box())  # what others did counts, too
         for at in range(0, len(uids), BATCH):
             part = uids[at : at + BATCH]
             modseq, left = view.index.store(view.box().id, part, how, flags, keywords, since)
