@@ -1982,6 +1982,13 @@ def test_a_full_disk_is_a_clear_no_and_leaves_nothing_behind():
         assert not os.listdir(server.home("alice") / "tmp")
         client.cmd("APPEND INBOX", literal=big)
         assert "* 2 EXISTS" in client.cmd("SELECT INBOX")
+        client.cmd("CREATE Work")
+        client.cmd("STORE 2 +FLAGS (marked)")
+        wal = (server.home("alice") / "hibernate.sqlite3-wal").stat().st_size
+        with limited(worker, resource.RLIMIT_FSIZE, wal):  # the commit is what fails
+            client.cmd("MOVE 2 Work", "NO")
+        assert "marked" in "".join(client.cmd("FETCH 2 FLAGS"))
+        assert "(MESSAGES 0)" in client.cmd("STATUS Work (MESSAGES)")[0]
         with limited(worker, resource.RLIMIT_FSIZE, 0):  # not even the index can be written
             client.cmd("APPEND INBOX", "NO", literal=message("third"))
             client.cmd("STORE 1 +FLAGS (kept)", "NO")
