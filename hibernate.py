@@ -421,6 +421,8 @@ class Loop:
 
     def run(self) -> None:
         while self.running:
+            while self.timers and not self.timers[0][2].call:  # cancelled: not worth waking for
+                heapq.heappop(self.timers)
             # Not for days: epoll_wait(2) counts milliseconds in an int.
             wait = self.timers[0][0] - time.monotonic() if self.timers else 3600.0
             for key, mask in self.selector.select(min(max(0.0, wait), 3600.0)):
