@@ -1228,7 +1228,7 @@ class Client:
 class Service:
     """A process of a service: accepts, adopts, reports, and moves its sessions on.
 
-    `Any` in prepare(), begin() and abandon() is what this kind of process holds of a session
+    `Any` in hold(), begin() and abandon() is what this kind of process holds of a session
     between "+" and "!": here a Client, in a keeper less.
     """
 
@@ -1353,11 +1353,11 @@ class Service:
     def accept_client(self, listener: int, mask: int) -> None:
         """In small bites, so that siblings get their share of a burst."""
         for _ in range(4):
-            full = self.room() <= 0
-            if (full and not self.idle()) or not (sock := self.accept(listener)):
+            idle = self.idle() if self.room() <= 0 else None
+            if idle == [] or not (sock := self.accept(listener)):
                 break
-            if full:  # only now: a sibling may have been faster
-                min(self.idle(), key=lambda c: c.rested).close("Too many connections", True)
+            if idle:  # only now: a sibling may have been faster
+                min(idle, key=lambda client: client.rested).close("Too many connections", True)
             self.welcome(sock)
         self.update()
 
@@ -1483,8 +1483,7 @@ class Service:
     def begin(self, client: Any) -> None:
         """The "!" has come: this process is the owner."""
         self.clients[client.fd] = client
-        self.counts["adopted"] += 1
-        client.session.log(f"{client.session.user} {client.session.remote} is here")
+        self.adopted(client.session)
         client.start(client.session.arrived(client.answer))
 
     def abandon(self, client: Any, shutdown: bool = False) -> None:
@@ -1542,6 +1541,10 @@ class Service:
         client.stay()
         if client.phase is Phase.RUNNING:
             client.pump()
+
+    def adopted(self, session: Session | State) -> None:
+        self.counts["adopted"] += 1
+        log.info("<%s> %s %s is here", session.sid, session.user, session.remote)
 
     def ended(self, session: Session | State, reason: str, received: int, sent: int) -> None:
         if not self.role.requests:
@@ -1820,8 +1823,7 @@ class Keeper(Service):
         self.slots[fd].state = HELD
         self.slots[number].state = FREE
         self.held += 1
-        self.counts["adopted"] += 1
-        log.info("<%s> %s %s is here", state.sid, state.user, state.remote)
+        self.adopted(state)
         self.tend(fd)
         self.arm(fd, state)
 
@@ -1854,10 +1856,11 @@ class Keeper(Service):
         with borrowed(fd) as sock:
             try:
                 data = sock.recv(512, socket.MSG_PEEK)
-                answer = self.role.session.peeked(slot.tag(), data) if data else None
+                *sealed, tag = slot.lines()
+                answer = self.role.session.peeked(tag, data) if data else None
                 if not data:
                     self.over(fd, "client closed the connection")
-                elif not answer or not (text := self.adopt_tag(fd, slot, answer[2])):
+                elif not answer or not (text := self.adopt_tag(fd, sealed, tag, answer[2])):
                     self.wake(fd, "input")
                 elif self.say(fd, answer[0]):
                     slot.text, slot.rest = text, int(time.monotonic())
@@ -1869,16 +1872,15 @@ class Keeper(Service):
             except OSError as error:
                 self.over(fd, f"connection lost: {error.strerror}")
 
-    def adopt_tag(self, fd: int, slot: Slot, tag: str) -> bytes:
+    def adopt_tag(self, fd: int, sealed: list[str], before: str, tag: str) -> bytes:
         """The client ends listening, begins it, or both: the slot's new text. b"": only a worker
         can say."""
         try:
-            state, mark, before = slot.lines()
-            text = slot_text(state, mark, tag)
+            text = slot_text(*sealed, tag)
         except ValueError:
             return b""
         if tag and not before:
-            return text if self.listen(fd, slot.known()) else b""
+            return text if self.listen(fd, State.decode(sealed[0])) else b""
         if not tag:
             self.unlisten(fd)
         return text
@@ -1977,7 +1979,6 @@ class Keeper(Service):
 
     def kept(self, fd: int, reason: str) -> None:
         """No worker took it in time, or one refused it for good: it can't go on."""
-        self.slots[fd].state = HELD
         if self.waking[fd] == "drain":  # the next generation has not the room for all to sleep
             self.depart(fd, "room", self.role.wakes, self.config.orphan_timeout / 2)
             return
@@ -2116,7 +2117,7 @@ class Keeper(Service):
         """Close what is not, or no longer, in the slots."""
         self.slots[0].rest = int(time.monotonic())
         states = self.slot_states()
-        for fd in itertools.compress(range(self.top), bytes(copies)):
+        for fd in itertools.compress(range(len(states)), copies):
             if states[fd] not in LIVING:
                 copies[fd] = 0
                 with contextlib.suppress(OSError):  # one that came and went during the fork
