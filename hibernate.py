@@ -1079,8 +1079,8 @@ class Client:
         elif self.service.draining and self.session.movable() and self.fits():
             self.depart(self.service.role.name, self.session.config.orphan_timeout)
         else:
-            if self.listen():  # not at once: what failed would fail again
-                self.loop.later(YOUNG / 1e9, self.look)
+            if self.listen():  # not at once, but when times that are young have settled
+                self.loop.later(1.25 * YOUNG / 1e9, self.look)
             self.clock()
 
     def listen(self) -> bool:
@@ -4204,11 +4204,7 @@ class ImapSession(Session):
         return "" if self.tag else f"OK {code}{' ' if code else ''}{name.capitalize()} completed."
 
     def stirred(self) -> Reply:
-        """Tell all; if the folder is changing this moment, again when its time has settled."""
-        yield from self.tell(True)
-        if self.view and (self.view.new, self.view.cur) == UNSETTLED and not self.ended:
-            yield Pause(0.025)
-            yield from self.tell(True)
+        return self.tell(True)
 
     def tell(self, expunges: bool) -> Reply:
         """What is new in the selected mailbox. A busy index is asked again next time."""
