@@ -2596,7 +2596,7 @@ def notify(text: str) -> None:
 # ------------------------------------------------------------------------------------------------
 
 INDEX_VERSION = 0x48420006  # as application_id; any other file in its place is put aside
-INDEXES_OPEN = 8  # connections a worker keeps, at about 160 KB and three descriptors each
+INDEXES_OPEN = 8  # connections a worker keeps, at about 130 KB and a descriptor each
 INDEX_PATIENCE = 0.2  # seconds to wait for another process's transaction, then NO [INUSE]
 EXPUNGED_KEPT = 7 * 86400  # in stamps: about as many seconds; no session is that far behind
 KEYWORD_LIMIT = 500  # keywords of one mailbox
@@ -2607,8 +2607,9 @@ LETTERS = {"\\Answered": "R", "\\Flagged": "F", "\\Deleted": "T", "\\Seen": "S",
 COMBINE: dict[str, Callable[[set[str], set[str]], set[str]]] = {  # STORE FLAGS, +FLAGS, -FLAGS
     "": lambda old, new: new, "+": set.union, "-": set.difference}
 
+# Not in WAL mode: most connections are opened for one look, which costs double there, and its two
+# more files would have to be restored and deleted together with this one.
 SCHEMA = f"""
-PRAGMA journal_mode = WAL;
 BEGIN;
 CREATE TABLE last AS SELECT 0 AS stamp;
 CREATE TABLE mailbox (id INTEGER PRIMARY KEY AUTOINCREMENT, name UNIQUE, uidvalidity, modseq,
@@ -2790,30 +2791,39 @@ class Index:
             Index(home)  # makes the file
 
     def __init__(self, home: str, inode: int = 0) -> None:
-        os.makedirs(home, 0o700, exist_ok=True)
         self.home, self.mark = os.fsencode(home), f"{home}/hibernate.uids"
-        mend(self.home)
-        path = f"{home}/hibernate.sqlite3"
-        with open(self.mark, "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time makes or discards an index
-            if fresh := not os.path.exists(path):
-                for rest in ("-wal", "-shm"):  # of a deleted one, which others may still have open
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(path + rest)
-            self.db = sqlite3.connect(path, INDEX_PATIENCE, isolation_level=None)
-            self.db.executescript("PRAGMA cache_size = -64; PRAGMA synchronous = FULL")
-            if fresh:
-                self.db.executescript(SCHEMA)
-            elif self.number("PRAGMA application_id") != INDEX_VERSION:
-                self.put_aside(home, "not our index, or of another version")
-                raise FileNotFoundError  # at() makes another
-            mark = int(os.stat(self.mark).st_mtime)  # before the stamp, which others move on
-            if mark > self.number("SELECT stamp FROM last"):
-                last = self.number("SELECT ifnull(max(id), 0) FROM mailbox")
-                with self.transaction(mark + last + 1):
-                    query = "UPDATE mailbox SET uidvalidity = ? - id"  # no two the same: RENAME
-                    if self.db.execute(query, (self.stamp,)).rowcount:
-                        log.warning("%s: from a backup, new UIDVALIDITYs", path)
+        if not inode:
+            os.makedirs(home, 0o700, exist_ok=True)
+            mend(self.home)
+        self.connect()
+        if self.number("PRAGMA application_id") != INDEX_VERSION:
+            with open(self.mark, "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self.make()
+        mark = int(os.stat(self.mark).st_mtime)  # before the stamp, which others move on
+        if mark > self.number("SELECT stamp FROM last"):
+            last = self.number("SELECT ifnull(max(id), 0) FROM mailbox")
+            with self.transaction(mark + last + 1):
+                query = "UPDATE mailbox SET uidvalidity = ? - id"  # no two the same: RENAME
+                if self.db.execute(query, (self.stamp,)).rowcount:
+                    log.warning("%s: the index is from a backup, new UIDVALIDITYs", home)
+
+    def connect(self) -> None:
+        path = os.fsdecode(self.home) + "/hibernate.sqlite3"
+        self.db = sqlite3.connect(path, INDEX_PATIENCE, isolation_level=None)
+        self.db.execute("PRAGMA cache_size = -64")
+        self.db.execute("PRAGMA synchronous = FULL")
+
+    def make(self) -> None:
+        """Fill an index that is empty, discard one that isn't ours; by one process at a time,
+        and another may have been faster."""
+        self.db.close()
+        self.connect()
+        if not self.number("SELECT count(*) FROM sqlite_master"):
+            self.db.executescript(SCHEMA)
+        elif self.number("PRAGMA application_id") != INDEX_VERSION:
+            self.put_aside(os.fsdecode(self.home), "not our index, or of another version")
+            raise FileNotFoundError  # at() makes another
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # it was never opened
@@ -2825,8 +2835,11 @@ class Index:
         log.warning("%s/hibernate.sqlite3: %s, put aside as .bad", home, reason)
         os.replace(f"{home}/hibernate.sqlite3", f"{home}/hibernate.sqlite3.bad")
 
+    def all(self, query: str, *values: Any) -> list[Any]:
+        return self.db.execute(query, values).fetchall()
+
     def number(self, query: str) -> int:
-        return int(self.db.execute(query).fetchone()[0])
+        return int(self.all(query)[0][0])
 
     @contextlib.contextmanager
     def transaction(self, least: int = 0) -> Iterator[None]:
@@ -2869,8 +2882,7 @@ class Index:
         return sorted({"INBOX", *(x for x in found if NAME.fullmatch(x) and self.exists(x))})
 
     def by_id(self, value: int | str, uidvalidity: int = 0, column: str = "id") -> Mailbox:
-        query = f"SELECT * FROM mailbox WHERE {column} = ?"
-        for row in map(Mailbox._make, self.db.execute(query, (value,)).fetchall()):
+        for row in map(Mailbox._make, self.all(f"SELECT * FROM mailbox WHERE {column} = ?", value)):
             if uidvalidity in (0, row.uidvalidity):
                 return row
         raise Deleted("NONEXISTENT", "Mailbox was deleted")
@@ -2921,7 +2933,7 @@ class Index:
         if old == "INBOX":
             self.create_folder(new)
             inbox, query = self.refresh(self.by_name(old)), "SELECT uid FROM message WHERE box = ?"
-            uids = [uid for uid, in self.db.execute(query, (inbox.id,)).fetchall()]
+            uids = [uid for uid, in self.all(query, inbox.id)]
             self.copy(inbox, uids, self.by_name(new), move=True)
             return
         with self.transaction():
@@ -2952,7 +2964,7 @@ class Index:
     def rows(self, number: int, uids: Iterable[int]) -> list[MessageRow]:
         """Those of a mailbox's UIDs, as far as they exist, in order."""
         query = f"SELECT * {CHOSEN} ORDER BY uid"
-        return [MessageRow(*row) for row in self.db.execute(query, (number, compact([*uids])))]
+        return [MessageRow(*row) for row in self.all(query, number, compact([*uids]))]
 
     def put(self, number: int, messages: Iterable[tuple[int, bytes, str]]) -> None:
         """Write the rows of UIDs, files and keywords."""
@@ -3752,16 +3764,14 @@ class View:
     def box(self) -> Mailbox:
         return self.index.by_id(self.id, self.uidvalidity)
 
-    def query(self, what: str, *values: Any) -> list[Any]:
-        return self.index.db.execute(what, (self.id, *values)).fetchall()
-
     @cached_property
     def uids(self) -> array[int]:
-        self.box()  # it must still be this one
-        rows = self.query(
+        index = self.index
+        index.by_id(self.id, self.uidvalidity)  # it must still be this one
+        rows = index.all(
             "SELECT uid FROM message WHERE box = ?1 AND uid < ?2 UNION "
             "SELECT uid FROM expunged WHERE box = ?1 AND uid < ?2 AND modseq > ?3 ORDER BY 1",
-            self.uidnext, self.expunged)
+            self.id, self.uidnext, self.expunged)
         return array("I", (uid for uid, in rows))
 
     def number(self, uid: int) -> int:
@@ -3799,7 +3809,7 @@ class View:
         if folder_times(os.fsencode(f"{self.home}/{self.folder()}")) == (self.new, self.cur):
             return [], ()  # nothing can have happened: the index need not be opened
         index = self.index
-        box = index.refresh(self.box(), not self.readonly)
+        box = index.refresh(index.by_id(self.id, self.uidvalidity), not self.readonly)
         times = box.new, box.cur
         # What nobody had been told of is \Recent here, and in no other session.
         if self.recent and box.recent <= self.recent[-1]:
@@ -3808,28 +3818,34 @@ class View:
             self.recent = [*self.recent, box.recent, box.uidnext][-8:]
         with index.db:
             index.db.execute("BEGIN")  # all of what follows is of one moment
-            box = self.box()
-            self.uids  # noqa: B018  made now
-            since = "WHERE box = ? AND modseq > ? AND uid < ? ORDER BY uid"
-            dead = self.query(f"SELECT uid FROM expunged {since}", self.expunged, self.uidnext)
-            changed = self.query(f"SELECT * FROM message {since}", self.modseq, self.uidnext)
+            box = index.by_id(self.id, self.uidvalidity)
+            dead, changed, end = list[Any](), list[Any](), self.uidnext
+            if end:
+                self.uids  # noqa: B018  made now
+                since = "WHERE box = ? AND modseq > ? AND uid < ? ORDER BY uid"
+                dead = index.all(f"SELECT uid FROM expunged {since}", box.id, self.expunged, end)
+                changed = index.all(f"SELECT * FROM message {since}", box.id, self.modseq, end)
+            else:  # the first look
+                self.uids = array("I")
+            query = "SELECT uid FROM message WHERE box = ? AND uid >= ? ORDER BY uid"
+            fresh = index.all(query, box.id, end)
             lines = self.flag_lines(box.keywords.split())
             self.name, self.modseq = box.name, box.modseq
             self.new, self.cur = UNSETTLED
             if expunges or not dead:
-                lines += self.resize(dead, box.uidnext)
+                lines += self.resize(dead, fresh, box.uidnext)
                 self.expunged, (self.new, self.cur) = box.modseq, times
         return lines, (Candidate(self, box, MessageRow(*row), {}) for row in changed)
 
-    def resize(self, dead: list[tuple[int]], uidnext: int) -> list[str]:
+    def resize(
+        self, dead: list[tuple[int]], fresh: list[tuple[int]], uidnext: int
+    ) -> list[str]:
         """EXPUNGE, EXISTS and RECENT."""
         lines, recents, first = list[str](), self.recents(), not self.uidnext
         for uid, in reversed(dead):
             if number := self.number(uid):
                 del self.uids[number - 1]
                 lines.append(f"* {number} EXPUNGE\r\n")
-        query = "SELECT uid FROM message WHERE box = ? AND uid >= ? ORDER BY uid"
-        fresh = self.query(query, self.uidnext)
         self.uids.extend(uid for uid, in fresh)
         self.uidnext = uidnext
         if fresh or first:
@@ -4266,7 +4282,7 @@ class ImapSession(Session):
         lines, _ = view.look(True)
         self.view = view
         query = "SELECT min(uid) FROM message WHERE box = ? AND flags NOT LIKE '%S%'"
-        if unseen := view.number(view.query(query)[0][0] or 0):
+        if unseen := view.number(view.index.all(query, box.id)[0][0] or 0):
             lines.append(f"* OK [UNSEEN {unseen}] First unseen.\r\n")
         lines += [
             f"* OK [UIDVALIDITY {view.uidvalidity}] UIDs valid\r\n",
@@ -4303,7 +4319,7 @@ class ImapSession(Session):
             raise BadCommand("Invalid STATUS item")
         pairs = ", ".join(f"'{item}', {STATUS[item]}" for item in dict.fromkeys(items))
         query = f"SELECT {pairs} FROM mailbox LEFT JOIN message ON box = id WHERE id = ?"
-        text = " ".join(map(str, self.index.db.execute(query, (box.id,)).fetchone()))
+        text = " ".join(map(str, self.index.all(query, box.id)[0]))
         yield b"* STATUS %b (%b)\r\n" % (atom_or_quoted(box.name), text.encode())
 
     def append(self, arguments: tuple[str, str, list[str], float | None]) -> Step:
@@ -4346,7 +4362,7 @@ class ImapSession(Session):
         for at in range(0, len(uids), size):
             box, part = view.box(), uids[at : at + size]
             query = "SELECT uid, item, value FROM parsed WHERE box = ? AND uid BETWEEN ? AND ?"
-            found = view.query(query, part[0], part[-1]) if recall else []
+            found = view.index.all(query, box.id, part[0], part[-1]) if recall else []
             parsed = {(uid, item): value for uid, item, value in found}
             rows = view.index.rows(box.id, part)
             unseen = [row.uid for row in rows
