@@ -83,7 +83,7 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field, fields
 from encodings.aliases import aliases
 from functools import cached_property, lru_cache, partial
 from logging.handlers import WatchedFileHandler
@@ -4057,7 +4057,8 @@ class ImapSession(Session):
         return not self.running
 
     def freeze(self) -> list[Any]:
-        return [self.condstore, *(astuple(self.view)[1:] if self.view else [])]
+        known = fields(self.view)[1:] if self.view else ()
+        return [self.condstore, *(getattr(self.view, each.name) for each in known)]
 
     def thaw(self, state: list[Any]) -> None:
         if len(state) not in (0, 1, 12):
@@ -4591,6 +4592,7 @@ def serve(config: Config, options: argparse.Namespace) -> None:
     handler = WatchedFileHandler(config.log_path) if config.log_path else logging.StreamHandler()
     layout = "%(asctime)s %(processName)s[%(process)d] %(levelname)s %(message)s"
     logging.basicConfig(handlers=[handler], format=layout, level=logging.INFO)
+    logging._srcfile = None  # to look for the calling line is a third of a line's cost (HOWTO)
     multiprocessing.current_process().name = "master"
     first = INHERIT not in os.environ
     lines = [] if config.path or not first else make_demo(config)

@@ -2494,6 +2494,69 @@ def test_what_fetch_computes_is_kept_and_told_again(server, user):
         assert "Flagged" in client.cmd("FETCH 2 (FLAGS BODY)")[0]
 
 
+def test_two_workers_mutt_and_a_delivery_agent_share_a_mailbox_and_nothing_is_lost():
+    """SHARE_SECONDS=60 does it for longer."""
+    end = time.monotonic() + float(os.environ.get("SHARE_SECONDS", "3"))
+    subjects = "BODY[HEADER.FIELDS (SUBJECT)]"
+    with Server("imap_hibernate_timeout = 0\nservice imap {\nclient_limit = 1\n}") as server:
+        home, told, busy = server.home("alice"), {}, collections.Counter()
+        server.maildir("alice").add_folder("Work")
+
+        def agent():
+            for number in itertools.takewhile(lambda _: time.monotonic() < end, itertools.count()):
+                deliver_by_hand(home, message(f"mail{number}"))
+                yield f"mail{number}"
+                time.sleep(0.02)
+
+        def mutt():
+            """From new/ to cur/, and flags on and off: names change under everybody."""
+            chance = random.Random(1)
+            while time.monotonic() < end:
+                for path in [*home.glob("new/*"), *home.glob("cur/*")][: chance.randrange(9)]:
+                    base, _, info = path.name.partition(":2,")
+                    flags = chance.choice(("S", "FS", "RS", info))
+                    with contextlib.suppress(FileNotFoundError):
+                        path.rename(home / "cur" / f"{base}:2,{flags}")
+                time.sleep(0.01)
+                yield from ()
+
+        def reader(name):
+            """A client that appends, flags and moves. What it is told of a UID never changes."""
+            chance = random.Random(name)
+            with Imap(server, "alice") as client:
+                for number in itertools.count():
+                    said = "".join(client.cmd("SELECT INBOX"))
+                    validity = re.search(r"UIDVALIDITY (\d+)", said)[1]
+                    moved = f"{chance.randrange(1, 99)}:{chance.randrange(1, 99)}"
+                    for command in (
+                        f"UID FETCH 1:* {subjects}", "STORE 1 +FLAGS (\\Flagged x)",
+                        "UID STORE 1:* -FLAGS (\\Flagged)", f"UID MOVE {moved} Work", "NOOP",
+                    ):  # fmt: skip
+                        lines = client.cmd(command, "OK|NO|BAD")
+                        busy[lines[-1].split()[1]] += 1
+                        for line in lines:
+                            if found := re.search(r"UID (\d+) .*Subject: (\S+)", line, re.DOTALL):
+                                known = told.setdefault((validity, found[1]), found[2])
+                                assert known == found[2], (known, line)
+                    if time.monotonic() > end:
+                        break
+                    subject = f"{name}{number}"
+                    if " OK " in client.cmd("APPEND INBOX", "OK|NO", message(subject))[-1]:
+                        yield subject
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            work = agent(), mutt(), reader("one"), reader("two")
+            made = [*itertools.chain(*pool.map(list, work))]
+        found = []
+        with Imap(server, "alice") as client:
+            for box in ("INBOX", "Work"):
+                client.cmd(f"SELECT {box}")
+                said = "".join(client.cmd(f"UID FETCH 1:* {subjects}", "OK|BAD"))
+                found += re.findall(r"Subject: (\S+?)(?=\r|$)", said)
+        print(busy)
+        assert sorted(found) == sorted(made) and len(made) > 50
+
+
 def test_folders_are_made_and_renamed_whole_or_not_at_all():
     with Server(allow="NotADirectoryError") as server, Imap(server, "alice") as client:
         for name in ("A", "A.one", "A.two"):
