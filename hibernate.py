@@ -2364,9 +2364,8 @@ class Master:
         if len(pool.children) < pool.settings.process_limit:
             self.spawn(pool)
         else:
-            if not pool.full:
-                text = "service %s: all are full, process_limit (%d) is reached: connections wait"
-                log.warning(text, pool.role.name, pool.settings.process_limit)
+            text = "service %s: all are full, process_limit (%d) is reached: connections wait"
+            log.warning(text, pool.role.name, pool.settings.process_limit)
             pool.tell(f"full {pool.full}")
             pool.full += 1
             pool.rests = 1
