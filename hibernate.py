@@ -396,7 +396,8 @@ class Loop:
             self.selector.modify(fd, events, call)
 
     def unwatch(self, fd: int) -> None:
-        self.watch(fd, 0, lambda fd, mask: None)
+        if fd in self.keys:
+            self.selector.unregister(fd)
 
     def later(self, seconds: float, call: Callable[[], None], fd: int = -1) -> Timer:
         if len(self.timers) >= self.purge_at:
@@ -461,6 +462,7 @@ class Loop:
 # ------------------------------------------------------------------------------------------------
 
 SO_COOKIE = 57  # Linux: a number that no other socket of this boot has, socket(7)
+TRUNCATED = int(socket.MSG_CTRUNC | socket.MSG_TRUNC)
 Heard = Callable[[Any, bytes, list[int]], None]  # the first one is the Channel
 
 
@@ -471,15 +473,14 @@ def end_socket(sock: socket.socket) -> None:
     sock.close()
 
 
-@contextlib.contextmanager
-def borrowed(fd: int, family: int = socket.AF_INET) -> Iterator[socket.socket]:
-    """Socket methods for a descriptor held as a plain int, which stays open. The family matters
-    for addresses alone; -1 asks the kernel for it."""
-    sock = socket.socket(family, socket.SOCK_STREAM, 0 if family >= 0 else -1, fileno=fd)
-    try:
-        yield sock
-    finally:
-        sock.detach()
+class Borrowed(socket.socket):
+    """Socket methods for a descriptor held as a plain int, which stays open; not for addresses."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(socket.AF_INET, socket.SOCK_STREAM, 0, fd)
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
 
 
 def identity(sock: socket.socket) -> str:
@@ -508,7 +509,7 @@ def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     except ConnectionError:
         return b"", []
     fds = [fd for _, _, data in rights for fd in array("i", data)]
-    if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or not message:
+    if flags & TRUNCATED or not message:
         close_all(fds)  # near the descriptor limit a message arrives without its descriptor
         return message, []
     return message, fds
@@ -582,10 +583,7 @@ class Channel:
 RETRIED_ERRORS = "EAGAIN ECONNREFUSED ECONNRESET ENOENT ETOOMANYREFS EPIPE EMFILE ENFILE ENOBUFS"
 LATE = b"late"  # in place of a "!" that has not come
 RETRIED = {"full", "busy", "lost", *RETRIED_ERRORS.split()}  # any other reason is final
-
-
-def compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
+compact = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def checked(text: str, kinds: tuple[type, ...]) -> list[Any]:
@@ -840,13 +838,16 @@ class Session:
         log.info("<%s> %s", self.sid, text)
 
 
+is_global = lru_cache(1024)(lambda address: ipaddress.ip_address(address).is_global)
+
+
 def seconds_to_beat(interval: float, remote: str, user: str) -> float:
     """Until the next keepalive. Its phase hangs on the address if that is public, else on the
     user: a phone's radio wakes once for all its sessions, and the others are spread. The monotonic
     clock is the same in all processes, and does not jump."""
     address = remote.rpartition(":")[0].strip("[]")
     with contextlib.suppress(ValueError):
-        user = address if ipaddress.ip_address(address).is_global else user
+        user = address if is_global(address) else user
     return interval - (time.monotonic() + zlib.crc32(user.encode())) % interval
 
 
@@ -1336,22 +1337,21 @@ class Service:
             unit = self.role.unit and f" [{self.count()} {self.role.unit}]"
             self.title.set(f"{self.config.program.name}/{self.role.name}{unit}")
 
-    def accept(self, listener: int) -> socket.socket | None:
+    def accept(self, listener: socket.socket) -> socket.socket | None:
         """One connection; None if another process was faster, or no descriptor is left."""
-        with borrowed(listener) as sock:
-            try:
-                return socket.socket(fileno=sock.accept()[0].detach())  # with its true family
-            except (BlockingIOError, ConnectionError):
-                return None
-            except OSError as error:
-                # EMFILE and its kin: a level-triggered listener would spin.
-                log.error("accept: %s; pausing for a second", error.strerror)
-                self.resume_at = time.monotonic() + 1.0
-                self.loop.later(1.0, self.update)
-                return None
+        try:
+            return listener.accept()[0]
+        except (BlockingIOError, ConnectionError):
+            return None
+        except OSError as error:  # EMFILE and its kin: a level-triggered listener would spin
+            log.error("accept: %s; pausing for a second", error.strerror)
+            self.resume_at = time.monotonic() + 1.0
+            self.loop.later(1.0, self.update)
+            return None
 
-    def accept_client(self, listener: int, mask: int) -> None:
+    def accept_client(self, fd: int, mask: int) -> None:
         """In small bites, so that siblings get their share of a burst."""
+        listener = next(sock for _, sock in self.sockets() if sock.fileno() == fd)
         for _ in range(4):
             idle = self.idle() if self.room() <= 0 else None
             if idle == [] or not (sock := self.accept(listener)):
@@ -1369,7 +1369,7 @@ class Service:
     def welcome(self, sock: socket.socket) -> None:
         """A client from outside, or, without an address, one of our processes with a question."""
         try:
-            session = self.new_session(sock.fileno())
+            session = self.new_session(sock)
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1385,9 +1385,9 @@ class Service:
 
     # Hand-over, the receiver's half
 
-    def invite(self, listener: int, mask: int) -> None:
+    def invite(self, fd: int, mask: int) -> None:
         """A channel to the inbox: it counts as a client from now on."""
-        sock = self.accept(listener)
+        sock = self.accept(self.inbox)
         if sock and not self.trusts(sock):
             sock.close()
         elif sock and self.role.requests:
@@ -1460,24 +1460,27 @@ class Service:
         why not, and leave `fd` to the caller."""
         if state.expires and self.room() < 0:
             raise ValueError("full")  # only who sleeps may exceed the limit, so that it can wake
-        session = self.new_session(fd)
-        fits = seal(self.key, session.identity, record.state) if self.role.trusted else record.seal
-        if not hmac.compare_digest(fits.encode(), record.seal.encode()):
-            raise ValueError("seal")
-        if state.expires and not 0 <= state.expires - time.monotonic() <= TICKET_TIME:
-            raise ValueError("ticket too late")
-        _, session.sid, session.user, session.since, session.remote, session.home, _, own = state
-        session.tag = record.tag
-        session.buffer += record.pending.encode("latin-1")
-        session.thaw(own)
         sock = socket.socket(fileno=fd)
+        try:
+            session = self.new_session(sock)
+            fits = self.role.trusted and seal(self.key, session.identity, record.state)
+            if fits and not hmac.compare_digest(fits.encode(), record.seal.encode()):
+                raise ValueError("seal")
+            if state.expires and not 0 <= state.expires - time.monotonic() <= TICKET_TIME:
+                raise ValueError("ticket too late")
+            _, session.sid, session.user, session.since, session.remote = state[:5]
+            session.home, session.tag = state.home, record.tag
+            session.buffer += record.pending.encode("latin-1")
+            session.thaw(state.own)
+        except (ValueError, OSError):
+            sock.detach()
+            raise
         return Client(self, sock, session, record.received, record.sent, record.answer)
 
-    def new_session(self, fd: int) -> Session:
+    def new_session(self, sock: socket.socket) -> Session:
         session = self.role.session()
         session.config, session.key = self.config, self.key
-        with borrowed(fd, -1) as sock:
-            session.identity = identity(sock)
+        session.identity = "" if self.role.requests else identity(sock)
         return session
 
     def begin(self, client: Any) -> None:
@@ -1578,7 +1581,7 @@ class Service:
     def relieve(self) -> None:
         """All have been full for long: a clear good-bye to those who wait."""
         for _, sock in self.sockets():
-            while self.room() <= 0 and (newcomer := self.accept(sock.fileno())):
+            while self.room() <= 0 and (newcomer := self.accept(sock)):
                 with contextlib.suppress(OSError):  # it may have left
                     newcomer.send(self.role.session.farewell("Too many connections"))
                 end_socket(newcomer)
@@ -1586,7 +1589,7 @@ class Service:
     def close_listeners(self) -> None:
         """Serve what waits in the queues first: closing them would reset it."""
         for _, sock in self.sockets():
-            while newcomer := self.accept(sock.fileno()):
+            while newcomer := self.accept(sock):
                 self.welcome(newcomer)
             self.loop.unwatch(sock.fileno())
             sock.close()
@@ -1777,21 +1780,19 @@ class Keeper(Service):
         number = channel.sock.fileno()
         if self.room() < 0 or max(fd, number) >= len(self.slots) or 0 in (fd, number):
             raise ValueError("full")
-        with borrowed(fd, -1) as sock:
-            identity(sock)  # OSError: no socket, or its client has gone
+        with Borrowed(fd) as sock:
+            sock.getpeername()  # OSError: no socket, or its client has gone
         if record.pending or record.answer:
             raise ValueError("more than a sleeper can have")
         text = slot_text(record.state, record.seal, record.tag)
         os.set_blocking(fd, False)
         self.slots[0].beat = max(self.top, fd + 1, number + 1)
         now, wait = time.monotonic(), seconds_to_beat(self.period, state.remote, state.user)
-        self.slots[fd].fill(
-            beat=int(now + wait) % self.period, rest=int(now), text=text,
-            received=record.received, sent=record.sent,
-        )
+        slot, counts = self.slots[fd], {"received": record.received, "sent": record.sent}
+        slot.fill(beat=int(now + wait) % self.period, rest=int(now), text=text, **counts)
         if record.tag and not self.listen(fd, state):
             raise ValueError("changed")
-        self.slots[fd].state = OFFERED
+        slot.state = OFFERED
         self.slots[number].fill(state=CHANNEL, text=b"%d" % fd)
         self.copy(fd, number)
         return fd, state, number
@@ -1813,10 +1814,9 @@ class Keeper(Service):
 
     def unlisten(self, fd: int) -> None:
         watches = self.slots[fd].watches
-        for at, number in enumerate(watches):
-            if number:
-                self.watcher.drop(number, fd)
-                watches[at] = 0
+        for number in filter(None, watches):
+            self.watcher.drop(number, fd)
+        watches[:] = 0, 0
 
     def begin(self, held: Any) -> None:
         fd, state, number = held
@@ -1833,10 +1833,10 @@ class Keeper(Service):
         self.loop.watch(fd, READ, self.peeker)
 
     def arm(self, fd: int, state: State) -> None:
-        """Watch its mailbox, which may have stirred while nobody would have noticed."""
+        """Watch its mailbox and look, unless it is watched since hold() and has not stirred."""
         if self.draining:
             self.move_on(fd)
-        elif self.slots[fd].tag() and not self.listen(fd, state):
+        elif self.slots[fd].tag() and not self.slots[fd].watches[0] and not self.listen(fd, state):
             self.wake(fd, "mail")
 
     def abandon(self, held: Any, shutdown: bool = False) -> None:
@@ -1853,7 +1853,7 @@ class Keeper(Service):
     def peek(self, fd: int, mask: int) -> None:
         """The client has sent something, or has left. Answer first, then consume."""
         slot = self.slots[fd]
-        with borrowed(fd) as sock:
+        with Borrowed(fd) as sock:
             try:
                 data = sock.recv(512, socket.MSG_PEEK)
                 *sealed, tag = slot.lines()
@@ -1895,7 +1895,9 @@ class Keeper(Service):
         return False
 
     def stirred(self, fd: int) -> None:
-        if self.slots[fd].state == HELD and fd not in self.waking:
+        if self.slots[fd].state == OFFERED:
+            self.unlisten(fd)  # for arm() to find
+        elif self.slots[fd].state == HELD and fd not in self.waking:
             state = self.slots[fd].known()
             if changed_since(self.directories(state), state.watch[1:], 0):
                 self.wake(fd, "mail")
@@ -1945,7 +1947,7 @@ class Keeper(Service):
         events = dict(poll.poll(0)).get(fd, 0)
         unread = False
         if events:
-            with borrowed(fd) as sock, contextlib.suppress(OSError):
+            with Borrowed(fd) as sock, contextlib.suppress(OSError):
                 unread = bool(sock.recv(1, socket.MSG_PEEK))
         if events and not unread:  # a half-close behind input is not the end yet
             self.over(fd, "client closed the connection")

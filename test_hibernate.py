@@ -1446,6 +1446,35 @@ def test_a_sender_that_stops_before_its_commit_leaves_no_client_hanging(hibernat
         assert "was not committed" in server.log()
 
 
+@table("early", [True, False])
+def test_mail_that_comes_between_offer_and_commit_is_told(hibernate, early):
+    with Server() as server:
+        server.maildir("alice")
+        home = str(server.home("alice"))
+        session, box = hibernate.ImapSession(), hibernate.Index.at(home).by_name("INBOX")
+        session.view = view = hibernate.View(home, box.id, box.name, False, box.uidvalidity)
+        eventually(lambda: view.look(True) and view.new)
+        late = Sender(server, hibernate, "imap-hibernate")
+        own, since = session.freeze(), int(time.time())
+        watch = ["", view.new, view.cur]
+        state = json.dumps([0, "s1", "alice", since, "r:1", home, watch, own])
+        seal = hibernate.seal(late.key, hibernate.identity(late.theirs), state)
+        record = late.record(tag="t", answer="", state=state, seal=seal)
+        assert late.give(record) == "+"
+        if early:
+            deliver_by_hand(home)
+            assert server.ask(b"status")  # by now the keeper has heard of it
+        late.channel.send(b"!")
+        late.theirs.close()
+        if not early:
+            eventually(lambda: server.held() == 1)
+            deliver_by_hand(home)
+        late.client.settimeout(PATIENCE)
+        assert b"* 1 EXISTS" in late.client.recv(4096)
+        late.close()
+        hibernate.open_index.cache_clear()
+
+
 def test_a_reconnected_descriptor_is_refused(sender):
     """A hostile holder may connect() a socket elsewhere: the inode stays, the identity must not."""
     hostile = sender()
