@@ -2797,7 +2797,8 @@ class Index:
             os.makedirs(home, 0o700, exist_ok=True)
             mend(self.home)
         self.connect()
-        if self.number("PRAGMA application_id") != INDEX_VERSION:
+        ours = self.number("PRAGMA application_id") == INDEX_VERSION
+        if not ours or not os.path.exists(self.mark):
             with open(self.mark, "a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 self.make()
