@@ -462,7 +462,6 @@ class Loop:
 # ------------------------------------------------------------------------------------------------
 
 SO_COOKIE = 57  # Linux: a number that no other socket of this boot has, socket(7)
-TRUNCATED = int(socket.MSG_CTRUNC | socket.MSG_TRUNC)
 Heard = Callable[[Any, bytes, list[int]], None]  # the first one is the Channel
 
 
@@ -509,7 +508,7 @@ def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     except ConnectionError:
         return b"", []
     fds = [fd for _, _, data in rights for fd in array("i", data)]
-    if flags & TRUNCATED or not message:
+    if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or not message:
         close_all(fds)  # near the descriptor limit a message arrives without its descriptor
         return message, []
     return message, fds
@@ -1788,8 +1787,11 @@ class Keeper(Service):
         os.set_blocking(fd, False)
         self.slots[0].beat = max(self.top, fd + 1, number + 1)
         now, wait = time.monotonic(), seconds_to_beat(self.period, state.remote, state.user)
-        slot, counts = self.slots[fd], {"received": record.received, "sent": record.sent}
-        slot.fill(beat=int(now + wait) % self.period, rest=int(now), text=text, **counts)
+        slot = self.slots[fd]
+        slot.fill(
+            beat=int(now + wait) % self.period, rest=int(now), text=text,
+            received=record.received, sent=record.sent,
+        )
         if record.tag and not self.listen(fd, state):
             raise ValueError("changed")
         slot.state = OFFERED
@@ -2597,7 +2599,7 @@ def notify(text: str) -> None:
 # ------------------------------------------------------------------------------------------------
 
 INDEX_VERSION = 0x48420006  # as application_id; any other file in its place is put aside
-INDEXES_OPEN = 8  # connections a worker keeps, at about 130 KB and a descriptor each
+INDEXES_OPEN = 8  # connections a worker keeps, at about 105 KB and a descriptor each
 INDEX_PATIENCE = 0.2  # seconds to wait for another process's transaction, then NO [INUSE]
 EXPUNGED_KEPT = 7 * 86400  # in stamps: about as many seconds; no session is that far behind
 KEYWORD_LIMIT = 500  # keywords of one mailbox
@@ -2796,12 +2798,12 @@ class Index:
         if not inode:
             os.makedirs(home, 0o700, exist_ok=True)
             mend(self.home)
-        self.connect()
+        self.connect(home)
         ours = self.number("PRAGMA application_id") == INDEX_VERSION
         if not ours or not os.path.exists(self.mark):
             with open(self.mark, "a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                self.make()
+                self.make(home)
         mark = int(os.stat(self.mark).st_mtime)  # before the stamp, which others move on
         if mark > self.number("SELECT stamp FROM last"):
             last = self.number("SELECT ifnull(max(id), 0) FROM mailbox")
@@ -2810,21 +2812,21 @@ class Index:
                 if self.db.execute(query, (self.stamp,)).rowcount:
                     log.warning("%s: the index is from a backup, new UIDVALIDITYs", home)
 
-    def connect(self) -> None:
-        path = os.fsdecode(self.home) + "/hibernate.sqlite3"
+    def connect(self, home: str) -> None:
+        path = f"{home}/hibernate.sqlite3"
         self.db = sqlite3.connect(path, INDEX_PATIENCE, isolation_level=None)
         self.db.execute("PRAGMA cache_size = -64")
         self.db.execute("PRAGMA synchronous = FULL")
 
-    def make(self) -> None:
+    def make(self, home: str) -> None:
         """Fill an index that is empty, discard one that isn't ours; by one process at a time,
         and another may have been faster."""
         self.db.close()
-        self.connect()
+        self.connect(home)
         if not self.number("SELECT count(*) FROM sqlite_master"):
             self.db.executescript(SCHEMA)
         elif self.number("PRAGMA application_id") != INDEX_VERSION:
-            self.put_aside(os.fsdecode(self.home), "not our index, or of another version")
+            self.put_aside(home, "not our index, or of another version")
             raise FileNotFoundError  # at() makes another
 
     def __del__(self) -> None:
@@ -3768,9 +3770,10 @@ class View:
 
     @cached_property
     def uids(self) -> array[int]:
-        index = self.index
-        index.by_id(self.id, self.uidvalidity)  # it must still be this one
-        rows = index.all(
+        if not self.uidnext:
+            return array("I")
+        self.box()  # it must still be this one
+        rows = self.index.all(
             "SELECT uid FROM message WHERE box = ?1 AND uid < ?2 UNION "
             "SELECT uid FROM expunged WHERE box = ?1 AND uid < ?2 AND modseq > ?3 ORDER BY 1",
             self.id, self.uidnext, self.expunged)
@@ -3811,7 +3814,7 @@ class View:
         if folder_times(os.fsencode(f"{self.home}/{self.folder()}")) == (self.new, self.cur):
             return [], ()  # nothing can have happened: the index need not be opened
         index = self.index
-        box = index.refresh(index.by_id(self.id, self.uidvalidity), not self.readonly)
+        box = index.refresh(self.box(), not self.readonly)
         times = box.new, box.cur
         # What nobody had been told of is \Recent here, and in no other session.
         if self.recent and box.recent <= self.recent[-1]:
@@ -3820,34 +3823,30 @@ class View:
             self.recent = [*self.recent, box.recent, box.uidnext][-8:]
         with index.db:
             index.db.execute("BEGIN")  # all of what follows is of one moment
-            box = index.by_id(self.id, self.uidvalidity)
+            box = self.box()
+            self.uids  # noqa: B018  made now
             dead, changed, end = list[Any](), list[Any](), self.uidnext
-            if end:
-                self.uids  # noqa: B018  made now
+            if end:  # it is not the first look
                 since = "WHERE box = ? AND modseq > ? AND uid < ? ORDER BY uid"
                 dead = index.all(f"SELECT uid FROM expunged {since}", box.id, self.expunged, end)
                 changed = index.all(f"SELECT * FROM message {since}", box.id, self.modseq, end)
-            else:  # the first look
-                self.uids = array("I")
-            query = "SELECT uid FROM message WHERE box = ? AND uid >= ? ORDER BY uid"
-            fresh = index.all(query, box.id, end)
             lines = self.flag_lines(box.keywords.split())
             self.name, self.modseq = box.name, box.modseq
             self.new, self.cur = UNSETTLED
             if expunges or not dead:
-                lines += self.resize(dead, fresh, box.uidnext)
+                lines += self.resize(dead, box.uidnext)
                 self.expunged, (self.new, self.cur) = box.modseq, times
         return lines, (Candidate(self, box, MessageRow(*row), {}) for row in changed)
 
-    def resize(
-        self, dead: list[tuple[int]], fresh: list[tuple[int]], uidnext: int
-    ) -> list[str]:
+    def resize(self, dead: list[tuple[int]], uidnext: int) -> list[str]:
         """EXPUNGE, EXISTS and RECENT."""
         lines, recents, first = list[str](), self.recents(), not self.uidnext
         for uid, in reversed(dead):
             if number := self.number(uid):
                 del self.uids[number - 1]
                 lines.append(f"* {number} EXPUNGE\r\n")
+        query = "SELECT uid FROM message WHERE box = ? AND uid >= ? ORDER BY uid"
+        fresh = self.index.all(query, self.id, self.uidnext)
         self.uids.extend(uid for uid, in fresh)
         self.uidnext = uidnext
         if fresh or first:
