@@ -3327,11 +3327,12 @@ class Bench:
             process.join(10)
         self.fleets = []
 
-    def order(self, name, *arguments, each=None, watch=None):
-        """Give all fleets one order at once; their answers. `watch()` is called while they work."""
-        for number, (pipe, _, _) in enumerate(self.fleets):
-            pipe.send((name, *(each(number) if each else arguments)))
-        answers, waiting = [], [pipe for pipe, _, _ in self.fleets]
+    def order(self, name, *arguments, fleets=None, watch=None):
+        """Give all fleets, or the first few, one order at once; their answers. `watch()` is called
+        while they work."""
+        answers, waiting = [], [pipe for pipe, _, _ in self.fleets[:fleets]]
+        for pipe in waiting:
+            pipe.send((name, *arguments))
         while waiting:
             for pipe in multiprocessing.connection.wait(waiting, 0.5):
                 kind, value = pipe.recv()
@@ -3344,11 +3345,10 @@ class Bench:
                 watch()
         return answers
 
-    def talk(self, lines, window, deadline, first=0, last=None, report="", watch=None):
-        """A script for all fleets: (seconds of each client, lost, seconds of all)."""
-        answers = self.order(
-            "script", first, last, lines, window, self.left(deadline), report, watch=watch
-        )
+    def talk(self, lines, window, deadline, first=0, last=None, report="", **options):
+        """A script for fleets: (seconds of each client, lost, seconds of all)."""
+        script = "script", first, last, lines, window, self.left(deadline), report
+        answers = self.order(*script, **options)
         taken = [x for answer in answers for x in answer[0]]
         return taken, sum(x[1] for x in answers), max(x[2] for x in answers)
 
@@ -3419,14 +3419,27 @@ class Bench:
         eventually(lambda: not self.live.asleep())
 
     def log_in(self):
+        """All of them; with many, the first and the last thousand are measured by themselves."""
         self.empty = self.meter.keeper()
         self.empty_pss = self.meter.pss()
-        window = max(1, 64 // len(self.fleets))
-        (taken, lost, seconds), cpu = self.spent(self.talk, LOG_IN, window, 3600, report="log-in")
-        self.row("logged in", len(taken))
+        fleets = len(self.fleets)
+        some = max(1, 1000 // fleets)
+        most = max(size for _, _, size in self.fleets)
+        parts = [(0, some), (some, most - some), (most - some, most)]
+        done = lost = time_all = cpu_all = 0
+        for first, last in parts if self.options.sessions >= 5000 else [(0, most)]:
+            (taken, missing, seconds), cpu = self.spent(
+                self.talk, LOG_IN, max(1, 64 // fleets), 7200, first, last, "log-in"
+            )
+            if taken and last - first == some < most:
+                which = "last" if first else "first"
+                self.row(f"the {which} {len(taken)}: CPU ms", round(1000 * cpu / len(taken), 2))
+            done, lost = done + len(taken), lost + missing
+            time_all, cpu_all = time_all + seconds, cpu_all + cpu
+        self.row("logged in", done)
         self.row("lost at log-in", lost)
-        self.row("log-in, SELECT, IDLE: sessions/s", round(len(taken) / seconds))
-        self.row("log-in, SELECT, IDLE: CPU ms", round(1000 * cpu / max(1, len(taken)), 2))
+        self.row("log-in, SELECT, IDLE: sessions/s", round(done / time_all))
+        self.row("log-in, SELECT, IDLE: CPU ms", round(1000 * cpu_all / max(1, done), 2))
 
     def memory(self):
         self.row("all asleep", self.all_asleep(300))
@@ -3456,10 +3469,9 @@ class Bench:
 
     def sample(self, name, lines, back, size=300, batch=2000):
         """Latency one at a time, then CPU of many; `back` takes each into IDLE again."""
-        taken, _, _ = self.talk(lines, 1, 60, 0, max(1, size // len(self.fleets)))
-        first = size // len(self.fleets)
-        last = first + batch // len(self.fleets)
-        (many, lost, _), cpu = self.spent(self.talk, lines, 8, 120, first, last)
+        taken, _, _ = self.talk(lines, 1, 60, 0, size, fleets=1)
+        last = size + batch // len(self.fleets)
+        (many, lost, _), cpu = self.spent(self.talk, lines, 8, 120, size, last)
         if not many:  # few sessions: the sample itself has to do
             self.talk(back, 8, 60)
             self.all_asleep()
@@ -3476,12 +3488,11 @@ class Bench:
         self.sample("full wake by a command", NOOP, IDLE)
 
     def by_mail(self):
-        def part(number):
-            mine = self.users[number :: len(self.fleets)][: 200 // len(self.fleets)]
-            return {user: (self.live.home(user), self.live.owner(user)) for user in mine}, 60
+        mine = self.users[:: len(self.fleets)][:200]  # of the first fleet
+        homes = {user: (self.live.home(user), self.live.owner(user)) for user in mine}
 
         def cycle():
-            answers = self.order("mail", each=part)
+            answers = self.order("mail", homes, 60, fleets=1)
             self.all_asleep()
             return answers
 
