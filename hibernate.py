@@ -2603,6 +2603,7 @@ INDEXES_OPEN = 8  # connections a worker keeps, at about 105 KB and a descriptor
 INDEX_PATIENCE = 0.2  # seconds to wait for another process's transaction, then NO [INUSE]
 EXPUNGED_KEPT = 7 * 86400  # in stamps: about as many seconds; no session is that far behind
 KEYWORD_LIMIT = 500  # keywords of one mailbox
+TICK = 500_000  # ns: less than any clock's for files that isn't exact
 UNSETTLED = (0, 0)  # in place of times: look again, the folder is changing right now
 LEVEL = "(?:[ -%'-\\-0-~]|&[A-Za-z0-9+,]*-)+"  # printable, modified UTF-7 (RFC 3501 5.1.3)
 NAME = re.compile(rf"(?=.{{1,240}}\Z){LEVEL}(?:\.{LEVEL})*")  # NAME_MAX is 255
@@ -2702,6 +2703,20 @@ def folder_times(folder: bytes) -> tuple[int, int]:
     with contextlib.suppress(FileNotFoundError):
         return os.stat(folder + b"/new").st_mtime_ns, os.stat(folder + b"/cur").st_mtime_ns
     return -1, -1
+
+
+@lru_cache(1024)
+def told_apart(device: int, tmp: bytes) -> bool:
+    """Do two changes of a directory always leave two times, if somebody has looked in between?
+    Linux 6.13 and newer see to it on ext4, XFS, Btrfs and tmpfs; else a clock has to tick."""
+    path, times = tmp + b"/" + unique_name(), [os.stat(tmp).st_mtime_ns]
+    with contextlib.suppress(OSError):
+        for _ in range(3):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+            times.append(os.stat(tmp).st_mtime_ns)
+            os.unlink(path)
+            times.append(os.stat(tmp).st_mtime_ns)
+    return any(0 < later - time < TICK for time, later in itertools.pairwise(times[1:]))
 
 
 def listing(folder: bytes) -> dict[bytes, bytes]:
@@ -2999,9 +3014,11 @@ class Index:
             return box
         # The clock for files ticks every few milliseconds, on some file systems every 2 seconds.
         young = any(abs(now - t) < (YOUNG if t % 10**9 else 2 * 10**9) for t in times)
+        tmp = folder + b"/tmp"
+        young = young and not told_apart(os.stat(tmp).st_dev, tmp)
         found = listing(folder)
         with contextlib.suppress(OSError):  # what was left unfinished 36 hours ago (Maildir's rule)
-            for entry in os.scandir(folder + b"/tmp"):
+            for entry in os.scandir(tmp):
                 if time.time() - entry.stat(follow_symlinks=False).st_ctime > 36 * 3600:
                     remove = shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.unlink
                     remove(entry.path)

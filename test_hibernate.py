@@ -1454,6 +1454,7 @@ def test_mail_that_comes_between_offer_and_commit_is_told(hibernate, early):
         session, box = hibernate.ImapSession(), hibernate.Index.at(home).by_name("INBOX")
         session.view = view = hibernate.View(home, box.id, box.name, False, box.uidvalidity)
         eventually(lambda: view.look(True) and view.new)
+        eventually(lambda: time.time_ns() - max(view.new, view.cur) > 2 * hibernate.YOUNG)
         sender = Sender(server, hibernate, "imap-hibernate")
         watch = ["", view.new, view.cur]
         record = sender.record(tag="t", answer="", watch=watch, own=session.freeze())
