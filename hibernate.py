@@ -2848,6 +2848,9 @@ class Index:
                 query = "UPDATE mailbox SET uidvalidity = ? - id"  # no two the same: RENAME
                 if self.db.execute(query, (self.stamp,)).rowcount:
                     log.warning("%s: the index is from a backup, new UIDVALIDITYs", home)
+        if not ours:
+            self.by_name("INBOX")
+            self.db.execute("PRAGMA synchronous = FULL")
 
     def connect(self, home: str) -> None:
         path = f"{home}/hibernate.sqlite3"
@@ -2861,6 +2864,8 @@ class Index:
         self.db.close()
         self.connect(home)
         if not self.number("SELECT count(*) FROM sqlite_master"):
+            # Not on disk before there are UIDs: they will wait for all of it.
+            self.db.execute("PRAGMA synchronous = OFF")
             self.db.executescript(SCHEMA)
         elif self.number("PRAGMA application_id") != INDEX_VERSION:
             self.put_aside(home, "not our index, or of another version")
