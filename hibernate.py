@@ -666,8 +666,10 @@ class Mover:
     """The sender's half, for all sessions of a process; also asks questions of other services.
 
     At most IN_FLIGHT at once, the others wait in order of deadline; all that is refused is tried
-    again from one timer. It calls parcel(fd) for the record (None: the session is over), then
-    leaving(fd), "!" and given(fd), or stays(fd) if that fails; and kept(fd, reason) in the end.
+    again from one timer. In a drain nobody's time is up while others find a home: then it is
+    their number that takes long. It calls parcel(fd) for the record (None: the session is over),
+    then leaving(fd), "!" and given(fd), or stays(fd) if that fails; and kept(fd, reason) in the
+    end.
     """
 
     def __init__(self, loop: Loop, config: Config, owner: Service) -> None:
@@ -676,6 +678,7 @@ class Mover:
         self.target: dict[int, tuple[str, float, bytes]] = {}  # service, deadline, question
         self.channels: dict[int, Channel] = {}
         self.resume_at = 0.0
+        self.moved_at = 0.0  # when a session was given away last
         self.refusals: collections.Counter[str] = collections.Counter()
 
     def give(self, fd: int, service: str, patience: float, question: bytes = b"") -> None:
@@ -706,6 +709,7 @@ class Mover:
             try:
                 sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 wait = min(ANSWER_TIME, max(deadline - time.monotonic(), RETRY_TIME))
+                wait = ANSWER_TIME if self.owner.draining else wait
                 channel = Channel(self.loop, sock, partial(self.answered, fd), wait)
                 self.channels[fd] = channel
                 sock.connect(self.config.inbox(service))
@@ -727,6 +731,7 @@ class Mover:
                 self.refused(fd, "lost")
             else:
                 self.keep(fd)
+                self.moved_at = time.monotonic()
                 self.owner.given(fd)
         else:
             self.refused(fd, reply[1:80].decode("ascii", "replace") or "lost")
@@ -736,13 +741,14 @@ class Mover:
         service, deadline, question = self.target[fd]
         self.keep(fd)
         now = time.monotonic()
-        if reason not in RETRIED or now >= deadline:
+        moves = self.owner.draining and now < self.moved_at + self.config.orphan_timeout / 2
+        if reason not in RETRIED or now >= deadline and not moves:
             self.owner.kept(fd, "" if question else reason)
             return
         if now >= self.resume_at:
             self.resume_at = now + RETRY_TIME
             self.loop.later(RETRY_TIME, self.pump)
-        self.give(fd, service, deadline - now, question)
+        self.give(fd, service, max(deadline - now, 0.0), question)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1603,10 +1609,19 @@ class Service:
             self.invite(self.inbox.fileno(), READ)
             self.loop.unwatch(self.inbox.fileno())
             end_socket(self.inbox)  # not only close(): in a twin's copy senders would wait
-        self.loop.later(self.config.orphan_timeout, self.stop)
+        self.mover.moved_at = time.monotonic()
+        self.await_heir()
         for fd, _ in self.states():
             self.move_on(fd)
         self.update()
+
+    def await_heir(self) -> None:
+        """Draining: end when nobody has taken a session for long."""
+        wait = self.mover.moved_at + self.config.orphan_timeout - time.monotonic()
+        if wait > 0:
+            self.loop.later(wait, self.await_heir)
+        else:
+            self.stop()
 
     def stop(self) -> None:
         """End all sessions with a farewell, then the process."""

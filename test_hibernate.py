@@ -1805,6 +1805,25 @@ def test_sleepers_for_whom_a_reload_leaves_no_room_are_awake_afterwards():
             client.until(r"^\* 1 EXISTS")
 
 
+def test_a_reload_that_takes_longer_than_orphan_timeout_loses_nobody():
+    """Of very many sessions the last must wait for long, which is no sign that nobody comes."""
+    slowly = (
+        "hold, late = hibernate.Keeper.hold, 0.06 * (hibernate.INHERIT in hibernate.os.environ)\n"
+        "hibernate.Keeper.hold = lambda *arguments: (time.sleep(late), hold(*arguments))[1]"
+    )
+    with PatchedServer("orphan_timeout = 2 s", patch=slowly) as server:
+        clients = many(server, ["alice"] * 60)
+        eventually(lambda: server.held() == 60)
+        old, start = set(server.pids("imap-hibernate")), time.monotonic()
+        assert server.run("reload").returncode == 0
+        eventually(lambda: not old & set(server.pids("imap-hibernate")))
+        assert server.held() == 60 and not server.held("imap")
+        assert time.monotonic() - start > 3
+        deliver_by_hand(server.home("alice"))
+        for client in clients:
+            client.until(r"^\* 1 EXISTS")
+
+
 def test_a_reload_brings_listeners_in_and_out_and_refuses_a_port_in_use():
     with Server(allow="refused: ") as server, Imap(server, "alice") as client:
         base = server.configuration.read_text()
