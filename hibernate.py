@@ -21,7 +21,7 @@ The life of a session:
  4. Descriptor and record go to imap (4, Mover; 5, Service.arriving), which says "OK Logged in".
  5. Commands run on a view of one mailbox (10, ImapSession, View; 8, Index; 9, Message).
  6. IDLE. At rest for imap_hibernate_timeout, the session is frozen (5, Client.record) and handed
-    to a keeper (6, Keeper.hold): a slot of 344 bytes in shared memory, no object. A twin holds a
+    to a keeper (6, Keeper.hold): a slot of 336 bytes in shared memory, no object. A twin holds a
     copy (6, Keeper.guard) and goes on when the keeper is killed (6, Keeper.survive).
  7. Mail stirs the Maildir (5, Watcher), or the client sends something (6, Keeper.peek). "DONE" and
     "IDLE" the keeper answers by itself; for all else it hands the session back to imap.
@@ -1709,7 +1709,7 @@ class Title:
 # slot of the descriptor on which it will.
 FREE, HELD, GONE, OFFERED, CHANNEL = range(5)
 LIVING = (HELD, OFFERED, CHANNEL)
-TEXT_SIZE = 304
+TEXT_SIZE = 296
 SWEEP_TIME = 2.0  # seconds between two looks of a twin
 TWIN_TIME = 1000  # milliseconds that a keeper waits for a twin that does not read, at most
 ARMED = 200  # sessions that a survivor watches for mail before the others have a turn
