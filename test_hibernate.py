@@ -3444,7 +3444,7 @@ class Bench:
         self.empty = self.meter.keeper()
         self.empty_pss = self.meter.pss()
         pair = self.live.pids("imap-hibernate")[:1] + self.live.pids(TWIN)[:1]
-        self.pair_pss = sum(proc_bytes(pid, "Pss") for pid in pair)
+        self.pair = sum(proc_bytes(pid, "Private_Clean", "Private_Dirty") for pid in pair)
         fleets = len(self.fleets)
         some = max(1, 1000 // fleets)
         most = max(size for _, _, size in self.fleets)
@@ -3482,7 +3482,7 @@ class Bench:
         self.row("a sleeper, keeper's own bytes", round(grown / asleep))
         grown = pss - self.empty_pss
         self.row("a sleeper, all processes' PSS bytes", round(grown / asleep))
-        grown -= (keepers - self.empty[0]) * self.pair_pss
+        grown -= (keepers - self.empty[0]) * self.pair
         self.row("… without what further keepers have empty", round(grown / asleep))
         self.row("a sleeper, descriptors", round((descriptors - self.empty[2] * base) / asleep, 2))
 
