@@ -4121,12 +4121,12 @@ class ImapSession(Session):
         return [self.condstore, *(getattr(self.view, each.name) for each in known)]
 
     def thaw(self, state: list[Any]) -> None:
-        if (len(state), len(self.times)) not in ((0, 0), (1, 0), (10, 2)):
+        if len(state) > 1 and (len(state) < 10 or len(self.times) != 2):
             raise ValueError("not an IMAP session")
         if self.user:
             self.input_limit = int(self.config.max_line_length) + 1
         self.condstore = bool(state and state[0])
-        self.view = View(self.home, *state[1:], *self.times) if state[1:] else None
+        self.view = View(self.home, *state[1:10], *self.times) if state[1:] else None
 
     def watch(self) -> tuple[str, tuple[int, ...]] | None:
         return (self.view.folder(), (self.view.new, self.view.cur)) if self.view else None
