@@ -102,6 +102,7 @@ IN_FLIGHT = 64  # hand-overs under way at once in one process; more of them are 
 ANSWER_TIME = 10.0  # seconds a sender waits for "+" before it goes on as the owner
 COMMIT_TIME = 30.0  # seconds a receiver waits for "!": longer, so that the sender gives up first
 SPEAK_TIME = 5.0  # seconds a new channel may stay silent
+FLOW_TIME = 0.5  # seconds since a service took a session, in which it is at work on the others
 RETRY_TIME = 0.1  # seconds; one timer for all that was refused (10 ms once flooded Dovecot's log)
 TICKET_TIME = 60  # seconds from a log-in to the worker
 MOVE_TIME = 30.0  # seconds a log-in, or a sleeper whose client waits, tries to get a worker
@@ -666,10 +667,8 @@ class Mover:
     """The sender's half, for all sessions of a process; also asks questions of other services.
 
     At most IN_FLIGHT at once, the others wait in order of deadline; all that is refused is tried
-    again from one timer. In a drain nobody's time is up while others find a home: then it is
-    their number that takes long. It calls parcel(fd) for the record (None: the session is over),
-    then leaving(fd), "!" and given(fd), or stays(fd) if that fails; and kept(fd, reason) in the
-    end.
+    again from one timer. It calls parcel(fd) for the record (None: the session is over), then
+    leaving(fd), "!" and given(fd), or stays(fd) if that fails; and kept(fd, reason) in the end.
     """
 
     def __init__(self, loop: Loop, config: Config, owner: Service) -> None:
@@ -678,7 +677,7 @@ class Mover:
         self.target: dict[int, tuple[str, float, bytes]] = {}  # service, deadline, question
         self.channels: dict[int, Channel] = {}
         self.resume_at = 0.0
-        self.moved_at = 0.0  # when a session was given away last
+        self.moved_at: dict[str, float] = {}  # when a service has taken the last session
         self.refusals: collections.Counter[str] = collections.Counter()
 
     def give(self, fd: int, service: str, patience: float, question: bytes = b"") -> None:
@@ -708,8 +707,10 @@ class Mover:
                 continue
             try:
                 sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                wait = min(ANSWER_TIME, max(deadline - time.monotonic(), RETRY_TIME))
-                wait = ANSWER_TIME if self.owner.draining else wait
+                left = deadline - time.monotonic()
+                # To give up an offer that is behind others in a drain would cost its place.
+                drains = self.owner.draining and left > 0 or self.flows(service)
+                wait = ANSWER_TIME if drains else min(ANSWER_TIME, max(left, RETRY_TIME))
                 channel = Channel(self.loop, sock, partial(self.answered, fd), wait)
                 self.channels[fd] = channel
                 sock.connect(self.config.inbox(service))
@@ -730,19 +731,25 @@ class Mover:
                 self.owner.stays(fd)
                 self.refused(fd, "lost")
             else:
+                self.moved_at[self.target[fd][0]] = time.monotonic()
                 self.keep(fd)
-                self.moved_at = time.monotonic()
                 self.owner.given(fd)
         else:
             self.refused(fd, reply[1:80].decode("ascii", "replace") or "lost")
+
+    def flows(self, service: str) -> bool:
+        """In a drain: does the service take one session after the other? Then nobody's time is
+        up, for it is their number that takes long."""
+        moved = time.monotonic() - self.moved_at.get(service, -math.inf)
+        return self.owner.draining and moved < FLOW_TIME
 
     def refused(self, fd: int, reason: str) -> None:
         self.refusals[reason if reason in RETRIED else "other"] += 1  # the word is the peer's
         service, deadline, question = self.target[fd]
         self.keep(fd)
         now = time.monotonic()
-        moves = self.owner.draining and now < self.moved_at + self.config.orphan_timeout / 2
-        if reason not in RETRIED or now >= deadline and not moves:
+        late = now >= deadline and (reason == "full" or not self.flows(service))
+        if late or reason not in RETRIED:
             self.owner.kept(fd, "" if question else reason)
             return
         if now >= self.resume_at:
@@ -1609,7 +1616,7 @@ class Service:
             self.invite(self.inbox.fileno(), READ)
             self.loop.unwatch(self.inbox.fileno())
             end_socket(self.inbox)  # not only close(): in a twin's copy senders would wait
-        self.mover.moved_at = time.monotonic()
+        self.mover.moved_at = {"": time.monotonic()}
         self.await_heir()
         for fd, _ in self.states():
             self.move_on(fd)
@@ -1617,7 +1624,8 @@ class Service:
 
     def await_heir(self) -> None:
         """Draining: end when nobody has taken a session for long."""
-        wait = self.mover.moved_at + self.config.orphan_timeout - time.monotonic()
+        last = max(self.mover.moved_at.values())
+        wait = last + self.config.orphan_timeout - time.monotonic()
         if wait > 0:
             self.loop.later(wait, self.await_heir)
         else:
@@ -2652,9 +2660,10 @@ COMBINE: dict[str, Callable[[set[str], set[str]], set[str]]] = {  # STORE FLAGS,
 # more files would have to be restored and deleted together with this one.
 SCHEMA = f"""
 BEGIN;
-CREATE TABLE last AS SELECT 0 AS stamp;
+CREATE TABLE last AS SELECT %d AS stamp;
 CREATE TABLE mailbox (id INTEGER PRIMARY KEY AUTOINCREMENT, name UNIQUE, uidvalidity, modseq,
     uidnext DEFAULT 1, recent DEFAULT 1, keywords DEFAULT '', new DEFAULT 0, cur DEFAULT 0);
+INSERT INTO mailbox (name, uidvalidity, modseq) SELECT 'INBOX', stamp, stamp FROM last;
 CREATE TABLE message (box, uid, file, flags, keywords, modseq, PRIMARY KEY (box, uid))
     WITHOUT ROWID;
 CREATE INDEX changed ON message (box, modseq);
@@ -2745,7 +2754,8 @@ def folder_times(folder: bytes) -> tuple[int, int]:
 @lru_cache(1024)
 def told_apart(device: int, tmp: bytes) -> bool:
     """Do two changes of a directory always leave two times, if somebody has looked in between?
-    Linux 6.13 and newer see to it on ext4, XFS, Btrfs and tmpfs; else a clock has to tick."""
+    Linux 6.13 and newer see to it on ext4, XFS and Btrfs (on tmpfs an unlink may not); else a
+    clock has to tick."""
     path, times = tmp + b"/" + unique_name(), [os.stat(tmp).st_mtime_ns]
     with contextlib.suppress(OSError):
         for _ in range(3):
@@ -2753,7 +2763,8 @@ def told_apart(device: int, tmp: bytes) -> bool:
             times.append(os.stat(tmp).st_mtime_ns)
             os.unlink(path)
             times.append(os.stat(tmp).st_mtime_ns)
-    return any(0 < later - time < TICK for time, later in itertools.pairwise(times[1:]))
+    gaps = [later - time for time, later in itertools.pairwise(times[1:])]
+    return len(gaps) == 5 and 0 < min(gaps) < TICK
 
 
 def listing(folder: bytes) -> dict[bytes, bytes]:
@@ -2860,12 +2871,10 @@ class Index:
         if mark > self.number("SELECT stamp FROM last"):
             last = self.number("SELECT ifnull(max(id), 0) FROM mailbox")
             with self.transaction(mark + last + 1):
-                query = "UPDATE mailbox SET uidvalidity = ? - id"  # no two the same: RENAME
-                if self.db.execute(query, (self.stamp,)).rowcount:
+                # No two the same: RENAME. Who came first has seen to it, perhaps.
+                query = "UPDATE mailbox SET uidvalidity = ? - id WHERE uidvalidity <= ?"
+                if self.db.execute(query, (self.stamp, mark)).rowcount:
                     log.warning("%s: the index is from a backup, new UIDVALIDITYs", home)
-        if not ours:
-            self.by_name("INBOX")
-            self.db.execute("PRAGMA synchronous = FULL")
 
     def connect(self, home: str) -> None:
         path = f"{home}/hibernate.sqlite3"
@@ -2879,9 +2888,11 @@ class Index:
         self.db.close()
         self.connect(home)
         if not self.number("SELECT count(*) FROM sqlite_master"):
-            # Not on disk before there are UIDs: they will wait for all of it.
+            # It need not be on disk before there are UIDs: these wait for all of it.
             self.db.execute("PRAGMA synchronous = OFF")
-            self.db.executescript(SCHEMA)
+            stamp = max(int(os.stat(self.mark).st_mtime) + 1, int(time.time()))
+            self.db.executescript(SCHEMA % stamp)
+            self.db.execute("PRAGMA synchronous = FULL")
         elif self.number("PRAGMA application_id") != INDEX_VERSION:
             self.put_aside(home, "not our index, or of another version")
             raise FileNotFoundError  # at() makes another
