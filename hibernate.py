@@ -389,11 +389,11 @@ class Loop:
         """call(fd, ready) from now on, in place of what was watched before; no events: unwatch,
         which must come before close(): epoll forgets a closed descriptor, selectors does not."""
         known = self.keys.get(fd)
-        if known is None and events:
+        if not events:
+            self.unwatch(fd)
+        elif known is None:
             self.selector.register(fd, events, call)
-        elif known is not None and not events:
-            self.selector.unregister(fd)
-        elif known is not None and (known.events != events or known.data != call):
+        elif known.events != events or known.data != call:
             self.selector.modify(fd, events, call)
 
     def unwatch(self, fd: int) -> None:
@@ -1868,10 +1868,11 @@ class Keeper(Service):
             self.loop.watch(fd, READ, self.peeker)
 
     def unwatch(self, fd: int) -> None:
-        self.loop.unwatch(fd)
         if self.beds:
             with contextlib.suppress(FileNotFoundError):
                 self.beds.unregister(fd)
+        else:
+            self.loop.unwatch(fd)
 
     def arm(self, fd: int, state: State) -> None:
         """Watch its mailbox and look, unless it is watched since hold() and has not stirred."""
@@ -2763,8 +2764,8 @@ def told_apart(device: int, tmp: bytes) -> bool:
             times.append(os.stat(tmp).st_mtime_ns)
             os.unlink(path)
             times.append(os.stat(tmp).st_mtime_ns)
-    gaps = [later - time for time, later in itertools.pairwise(times[1:])]
-    return len(gaps) == 5 and 0 < min(gaps) < TICK
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    return len(gaps) == 6 and 0 < min(gaps) < TICK
 
 
 def listing(folder: bytes) -> dict[bytes, bytes]:

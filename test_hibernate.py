@@ -3280,15 +3280,16 @@ class Meter:
     def cpu(self):
         """Seconds of CPU so far. Of what has ended the last look counts; the kernel adds up its
         children's time another way, some 10 % apart. But Dovecot's end with their session."""
-        ended, tick = 0.0, os.sysconf("SC_CLK_TCK")
+        alive, ended, tick = {}, 0.0, os.sysconf("SC_CLK_TCK")
         for pid in self.server.processes():
             with contextlib.suppress(OSError):
-                self.seen[pid] = cpu_of(pid)
+                alive[pid] = cpu_of(pid)
                 fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
                 ended += (int(fields[13]) + int(fields[14])) / tick
+        self.seen |= alive
         if self.server.brand == "hibernate":
             return sum(self.seen.values())
-        return sum(self.seen[pid] for pid in self.server.processes() if pid in self.seen) + ended
+        return sum(alive.values()) + ended
 
     def pss(self):
         total = 0
