@@ -1818,10 +1818,10 @@ def test_sleepers_for_whom_a_reload_leaves_no_room_are_awake_afterwards():
 def test_a_reload_that_takes_longer_than_orphan_timeout_loses_nobody():
     """Of very many sessions the last must wait for long, which is no sign that nobody comes."""
     slowly = (
-        "hold, late = hibernate.Keeper.hold, 0.06 * (hibernate.INHERIT in hibernate.os.environ)\n"
+        "hold, late = hibernate.Keeper.hold, 0.1 * (hibernate.INHERIT in hibernate.os.environ)\n"
         "hibernate.Keeper.hold = lambda *arguments: (time.sleep(late), hold(*arguments))[1]"
     )
-    with PatchedServer("orphan_timeout = 2 s", patch=slowly) as server:
+    with PatchedServer("orphan_timeout = 4 s", patch=slowly) as server:
         clients = many(server, ["alice"] * 60)
         eventually(lambda: server.held() == 60)
         old, start = set(server.pids("imap-hibernate")), time.monotonic()
