@@ -86,7 +86,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from encodings.aliases import aliases
 from functools import cached_property, lru_cache, partial
-from logging.handlers import WatchedFileHandler
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 __all__ = [
@@ -4656,12 +4655,25 @@ def main(arguments: list[str]) -> int:
     return status
 
 
+class LogFile(logging.FileHandler):
+    """Opened anew when it was moved away. Who can't, without the right, a descriptor or the
+    directory, writes on in the old one: no line of the log may cost a session."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        path, old = self.baseFilename, self.stream
+        with contextlib.suppress(OSError):
+            if old and not (os.path.exists(path) and os.path.samefile(path, old.fileno())):
+                self.stream = self._open()
+                old.close()
+        super().emit(record)
+
+
 def serve(config: Config, options: argparse.Namespace) -> None:
     # Titles are written over the arguments: with too little room, start once more with some.
     if len(" ".join(sys.orig_argv)) < 80 and os.path.exists("/proc/self/stat"):
         os.execv(sys.executable, [*sys.orig_argv, "--title-room=" + "." * 80])
     os.umask(0o077)
-    handler = WatchedFileHandler(config.log_path) if config.log_path else logging.StreamHandler()
+    handler = LogFile(config.log_path) if config.log_path else logging.StreamHandler()
     layout = "%(asctime)s %(processName)s[%(process)d] %(levelname)s %(message)s"
     logging.basicConfig(handlers=[handler], format=layout, level=logging.INFO)
     logging._srcfile = None  # to look for the calling line is a third of a line's cost (HOWTO)

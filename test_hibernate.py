@@ -2106,6 +2106,30 @@ def test_a_service_whose_processes_die_at_their_start_is_throttled_and_the_other
         sleeper.cmd("NOOP")
 
 
+def test_a_log_file_is_followed_and_one_that_can_not_be_opened_costs_nobody_a_session(tmp_path):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    with Server(f"log_path = {logs}/log") as server:
+        (logs / "log").rename(logs / "log.1")
+        Imap(server, "alice").cmd("LOGOUT")
+        eventually(lambda: "alice" in (logs / "log").read_text())
+        logs.rename(tmp_path / "aside")
+        Imap(server, "bob").cmd("LOGOUT")
+        eventually(lambda: "bob" in (tmp_path / "aside" / "log").read_text())
+        server.stop()  # the master goes on, too
+
+
+def test_a_service_that_may_not_see_the_log_file_still_writes_to_it(tmp_path):
+    if os.geteuid():
+        pytest.skip("only root can give a service a user")
+    tmp_path.chmod(0o700)
+    settings = f"log_path = {tmp_path}/log\nservice imap-login {{\n user = nobody\n}}"
+    with Server(settings) as server:
+        server.dir.chmod(0o711)
+        Imap(server).cmd("LOGOUT")
+        eventually(lambda: "imap-login" in (tmp_path / "log").read_text())
+
+
 def test_an_overflow_of_the_event_queue_is_noticed():
     limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     with Server() as server, Imap(server, "alice") as client:
