@@ -2587,8 +2587,11 @@ class Master:
         if self.stopping:
             return
         # From here on signals wait for who comes out of it: unblocked, a second SIGHUP in the
-        # 40 ms of the exec killed it.
+        # 40 ms of the exec killed it. Those that have rung, but were not heard, do it once more.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        with contextlib.suppress(BlockingIOError):
+            for number in os.read(self.loop.bell[0], 4096):
+                os.kill(os.getpid(), number)
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         command = [sys.executable, *sys.orig_argv[1:]]
         try:

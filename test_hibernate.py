@@ -1834,6 +1834,19 @@ def test_a_reload_that_takes_longer_than_orphan_timeout_loses_nobody():
             client.until(r"^\* 1 EXISTS")
 
 
+def test_a_stop_that_comes_in_the_same_instant_as_a_reload_is_not_lost():
+    with Server() as server, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.connect(str(server.dir / "hibernate.run" / "master"))
+        assert server.ask(b"status")  # so it has accepted the one before, too
+        server.process.send_signal(signal.SIGSTOP)
+        sock.send(b"reload")
+        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGCONT)
+        server.process.wait(PATIENCE)
+        assert re.search("(?s)reloading.*stopping", server.log())
+        server.stop()
+
+
 def test_a_reload_brings_listeners_in_and_out_and_refuses_a_port_in_use():
     with Server(allow="refused: ") as server, Imap(server, "alice") as client:
         base = server.configuration.read_text()
