@@ -2488,7 +2488,9 @@ class Master:
         pool.children.remove(child)
         child.process.join(1.0)
         if status := child.process.exitcode:
-            how = signal.Signals(-status).name if status < 0 else f"status {status}"
+            how = f"status {status}"  # below 0: a signal; not each has a name
+            with contextlib.suppress(ValueError):
+                how = signal.Signals(-status).name
             log.error("service %s: process %d ended: %s", pool.role.name, child.process.pid, how)
         if not child.reported and not self.stopping:
             self.throttle(pool)

@@ -2143,6 +2143,14 @@ def test_a_service_that_may_not_see_the_log_file_still_writes_to_it(tmp_path):
         eventually(lambda: "imap-login" in (tmp_path / "log").read_text())
 
 
+def test_a_process_that_dies_by_a_signal_without_a_name_is_logged_and_replaced():
+    with Server(allow="status -40") as server:
+        [before] = server.pids("imap")
+        os.kill(before, 40)
+        eventually(lambda: server.pids("imap") not in ([], [before]))
+        assert f"process {before} ended: status -40" in server.log()
+
+
 def test_an_overflow_of_the_event_queue_is_noticed():
     limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     with Server() as server, Imap(server, "alice") as client:
