@@ -2422,13 +2422,14 @@ class Master:
 
     def spawn(self, pool: Pool) -> None:
         slot = min({*range(len(pool.children) + 1)} - {child.slot for child in pool.children})
+        before = open_pipes()
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             main = partial(self.child_main, pool, slot, ours, theirs)
             process = multiprocessing.get_context("fork").Process(target=main, name=pool.role.name)
-            before = open_pipes()
             process.start()
         except OSError as error:
+            close_all(open_pipes() - before)  # multiprocessing forgets them if the fork fails
             log.error("service %s: fork: %s", pool.role.name, error.strerror)
             return self.throttle(pool)
         theirs.close()

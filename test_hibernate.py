@@ -2143,6 +2143,23 @@ def test_a_service_that_may_not_see_the_log_file_still_writes_to_it(tmp_path):
         eventually(lambda: "imap-login" in (tmp_path / "log").read_text())
 
 
+def test_a_fork_that_fails_again_and_again_leaves_no_descriptor_open(tmp_path):
+    patch = (
+        "import os; fork = os.fork; hibernate.THROTTLE = 0, 0\n"
+        "def failing():\n"
+        f"    return fork() if not os.path.exists({str(tmp_path / 'full')!r}) else os.open('', 0)\n"
+        "os.fork = failing"
+    )
+    with PatchedServer(patch=patch, allow="SIGKILL|fork:|no new process") as server:
+        before = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+        (tmp_path / "full").touch()
+        os.kill(server.pids("imap")[0], signal.SIGKILL)
+        eventually(lambda: server.log().count("imap: fork: ") >= 3)
+        (tmp_path / "full").unlink()
+        eventually(lambda: server.pids("imap"))
+        assert len(os.listdir(f"/proc/{server.process.pid}/fd")) <= before
+
+
 def test_a_process_that_dies_by_a_signal_without_a_name_is_logged_and_replaced():
     with Server(allow="status -40") as server:
         [before] = server.pids("imap")
