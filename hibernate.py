@@ -2290,6 +2290,8 @@ class Pool:
 class Master:
     """Runs a program's services until it is told to stop."""
 
+    control: socket.socket  # the inbox of commands
+
     def __init__(self, config: Config, ready: Callable[[Master], None] | None) -> None:
         """`ready` is called once, when all listen and every reserve has reported."""
         self.config, self.loop = config, Loop()
@@ -2301,6 +2303,8 @@ class Master:
         self.groups = {  # see open_listeners()
             key: [socket.socket(fileno=fd) for fd in fds] for key, fds in inherited.items()
         }
+        if "master" in self.groups:  # over an exec who asks waits for the answer
+            [self.control] = self.groups.pop("master")
         self.pools: list[Pool] = []
         users = {service.user for service in config.sections.values()} - {""}
         self.peers = {os.getuid(), *(pwd.getpwnam(user).pw_uid for user in users)}
@@ -2312,9 +2316,6 @@ class Master:
 
     def run(self) -> None:
         self.prepare_directory()
-        # Over an exec who asks waits for the answer.
-        [self.control] = self.groups.get("master") or [self.open_inbox("master")]
-        self.loop.watch(self.control.fileno(), READ, self.accept_control)
         # All of them before any fork: a process inherits its service's whole group.
         self.groups = self.open_listeners(self.config)
         for role in self.config.program.roles:
@@ -2340,11 +2341,18 @@ class Master:
         base = self.config.base_dir
         os.makedirs(base, exist_ok=True)
         os.chmod(base, 0o711 if len(self.peers) > 1 else 0o700)
-        if self.lock < 0:
-            self.lock = os.open(os.path.join(base, "key"), os.O_RDWR | os.O_CREAT, 0o600)
-            self.persist(lambda: fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB), base)
-        if os.fstat(self.lock).st_size < 32:
-            os.pwrite(self.lock, secrets.token_bytes(32), 0)
+        path, key = os.path.join(base, "key"), b""
+        if self.lock < 0 or not (os.path.exists(path) and os.path.samefile(path, self.lock)):
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            self.persist(lambda: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB), base)
+            if self.lock >= 0:  # it was removed, or replaced, while we run: the sessions' key stays
+                key = os.pread(self.lock, 32, 0)
+                os.close(self.lock)
+                self.loop.unwatch(self.control.fileno())
+            self.lock, self.control = lock, self.open_inbox("master")
+        if key or os.fstat(self.lock).st_size < 32:
+            os.pwrite(self.lock, key or secrets.token_bytes(32), 0)
+        self.loop.watch(self.control.fileno(), READ, self.accept_control)
 
     def open_listeners(self, config: Config) -> dict[str, list[socket.socket]]:
         """For each listener of `config` one socket, or one SO_REUSEPORT socket a slot: those that
@@ -2605,6 +2613,9 @@ class Master:
             config = Config(self.config.program, self.config.path)
             if config.base_dir != self.config.base_dir:
                 config.fail(config.lines["base_dir"], "base_dir can't change: sessions live in it")
+            self.prepare_directory()
+            if config.log_path:
+                open(config.log_path, "ab").close()
             groups = self.open_listeners(config)
             fds = {key: [sock.fileno() for sock in group] for key, group in groups.items()}
             fds |= {"lock": [self.lock], "master": [self.control.fileno()]}

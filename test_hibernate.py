@@ -1902,6 +1902,41 @@ def test_systemd_is_told_of_ready_reload_and_stop(name, tmp_path, monkeypatch):
         assert systemd.recv(99) == b"STOPPING=1"
 
 
+def test_a_reload_makes_anew_what_was_removed_of_base_dir_and_loses_nobody():
+    with Server() as server:
+        sleeper, awake = Imap(server, "alice"), Imap(server, "bob")
+        falls_asleep(server, "alice")
+        shutil.rmtree(server.dir / "hibernate.run")
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: server.run("who").returncode == 0)
+        for client in (sleeper, awake, Imap(server, "alice")):
+            client.cmd("NOOP")
+        key = server.dir / "hibernate.run" / "key"
+        key.rename(f"{key}.aside")
+        key.write_bytes(b"another" * 9)
+        assert server.run("reload").returncode == 0
+        for client in (sleeper, awake, Imap(server, "alice")):
+            client.cmd("NOOP")
+
+
+def test_a_reload_that_could_not_open_its_log_or_its_directory_is_refused():
+    with Server(allow="refused: ") as server, Imap(server, "alice") as client:
+        base = server.configuration.read_text()
+        server.configuration.write_text(base + "log_path = nowhere/log\n")
+        refused = server.run("reload")
+        assert refused.returncode == 78 and b"nowhere/log" in refused.stderr, refused
+        server.configuration.write_text(base)
+        (server.dir / "hibernate.run").rename(server.dir / "aside")
+        (server.dir / "hibernate.run").touch()
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: re.search("refused: .*hibernate.run", server.log()))
+        (server.dir / "hibernate.run").unlink()
+        (server.dir / "aside").rename(server.dir / "hibernate.run")
+        client.cmd("NOOP")
+        assert server.run("reload").returncode == 0
+        client.cmd("NOOP")
+
+
 def test_a_killed_master_that_is_started_again_finds_all_its_sleepers():
     users = [f"u{n}" for n in range(20)]
     with Server(users=users) as server:
