@@ -4665,9 +4665,11 @@ def main(arguments: list[str]) -> int:
         return 64 if end.code else 0
     except Failure as error:
         status, reason = error.status, str(error)
-    except (PermissionError, FileNotFoundError) as error:
+    except OSError as error:
         status = 77 if isinstance(error, PermissionError) else 69
-        reason = f"{error.filename}: {error.strerror}"
+        reason = f"{error.filename or 'hibernate'}: {error.strerror}"
+    except KeyboardInterrupt:
+        return 130  # as a shell says it
     print(reason, file=sys.stderr)
     return status
 
@@ -4744,17 +4746,19 @@ def deliver_message(config: Config, options: argparse.Namespace) -> None:
 
 def control(config: Config, options: argparse.Namespace) -> None:
     """Send one command to the master, print what comes back until the connection's end."""
+    text = b""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.settimeout(10)
+        sock.settimeout(CHECK_TIME + STOP_TIME)  # longer than what a reload or a stop may take
         try:
             sock.connect(config.inbox("master"))
-        except (FileNotFoundError, ConnectionRefusedError):
-            raise Failure(75, f"hibernate is not running in {config.base_dir}") from None
-        sock.send(f"{options.command} {options.operand}".strip().encode())
-        text = b""
-        with contextlib.suppress(TimeoutError):  # of who does not answer; the others have
+            sock.send(os.fsencode(f"{options.command} {options.operand}".strip()))
             while data := sock.recv(1 << 20):
                 text += data
+        except (FileNotFoundError, ConnectionError):
+            raise Failure(75, f"hibernate is not running in {config.base_dir}") from None
+        except (TimeoutError, BlockingIOError):
+            if not text:  # else it is one process that does not answer; the others have
+                raise Failure(75, "the master does not answer") from None
     if text.startswith(b"refused"):
         raise Failure(78, text.decode())
     if options.command in ("reload", "stop"):

@@ -2781,6 +2781,48 @@ def test_stop_ends_the_server_and_then_nothing_is_running():
         server.stop()
 
 
+def test_a_command_whose_master_does_not_answer_says_so(hibernate, tmp_path, monkeypatch, capsys):
+    (tmp_path / "c").touch()
+    (tmp_path / "hibernate.run").mkdir()
+    ask = lambda *words: hibernate.main(["-c", str(tmp_path / "c"), *words])  # noqa: E731
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as master:
+        master.bind(str(tmp_path / "hibernate.run" / "master"))
+        master.listen()
+        monkeypatch.setattr(hibernate, "CHECK_TIME", 0)
+        monkeypatch.setattr(hibernate, "STOP_TIME", 0.1)
+        assert ask("stop") == 75 and "does not answer" in capsys.readouterr().err
+        monkeypatch.setattr(hibernate, "STOP_TIME", PATIENCE)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, master.accept()[0]:
+            for answer in (b"", b"refused: no"):
+                asking = pool.submit(ask, "kick", os.fsdecode(b"\xff"))
+                with master.accept()[0] as sock:
+                    select.select([sock], (), (), PATIENCE)
+                    if answer:
+                        assert sock.recv(99) == b"kick \xff"
+                        sock.send(answer)
+                assert asking.result() == (78 if answer else 75)  # unread: it was killed
+                assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_ctrl_c_at_the_password_prompt_is_no_traceback(hibernate, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hibernate, "make_password", interrupted)
+    assert hibernate.main(["-c", os.devnull, "passwd"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+@table("line", ["base_dir = file", "log_path = directory", "log_path = no/log"])
+def test_a_log_or_a_directory_that_can_not_be_opened_is_said_in_one_line(tmp_path, line):
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "c").write_text(line)
+    done = program("-c", tmp_path / "c", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (69, b"")
+    assert len(done.stderr.splitlines()) == 1 and str(tmp_path).encode() in done.stderr, done
+
+
 def test_deliver_puts_a_message_where_it_belongs(server, user):
     done = server.run("deliver", user, input=message("one"))
     assert done.returncode == 0, done
