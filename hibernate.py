@@ -309,7 +309,7 @@ class Config(Section):
         stack: list[Section] = [self]
         for number, line in enumerate(lines, 1):
             match = LINE.fullmatch(line)
-            if not match:
+            if not match or "\0" in line:  # which no path can have
                 self.fail(number, "expected 'key = value', 'service NAME {', or '}'")
             key, written, _, quoted, kind, name, closing = match.groups()
             try:
@@ -330,11 +330,13 @@ class Config(Section):
     def finish(self) -> None:
         """Paths, which are relative to the file's own folder, and the checks of the whole."""
         for row in self.rows.values():
-            if row.kind == "path" and (path := os.path.expanduser(self.values[row.name])):
-                self.values[row.name] = os.path.normpath(os.path.join(self.folder, path))
-        if max(len(os.fsencode(self.inbox(name + ".new"))) for name in self.sections) > 107:
-            # sockaddr_un.sun_path, unix(7)
-            self.fail(self.lines["base_dir"], "base_dir: too long for a socket's name")
+            name = row.name.strip("@")
+            if row.kind == "path" and (path := os.path.expanduser(self.values[name])):
+                self.values[name] = os.path.normpath(os.path.join(self.folder, path))
+        names = "master", *self.sections
+        longest = max(len(os.fsencode(self.inbox(name + ".new"))) for name in names)
+        if not self.base_dir or longest > 107:  # sockaddr_un.sun_path, unix(7)
+            self.fail(self.lines["base_dir"], "base_dir: empty, or too long for a socket's name")
         for name, service in self.sections.items():
             if service.listener and not service.sections:
                 service.open(service.listener.listener)

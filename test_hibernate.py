@@ -2879,6 +2879,7 @@ BAD_CONFIGURATIONS = [
     ("imap_max_line_length = huge", 1), ("mail_location = mbox:x", 1), ("\x00", 1),
     ("service imap {\n inet_listener x {\n }\n}", 2), ("base_dir = x\nbase_dir", 2),
     ("service imap {\n user = nobody-of-that-name\n}", 2), ("\udcff\udcfe", 1), (None, 0),
+    ("base_dir = a\0b", 1), ("base_dir =", 1), ("\nlog_path = 'a\0'", 2),
 ]  # fmt: skip
 
 
@@ -2896,6 +2897,16 @@ def test_a_bad_configuration_is_named_by_file_and_line_and_nothing_is_started(
     [said] = done.stderr.decode().splitlines()
     assert re.match(rf"{file}:{line or '[0-9]+'}: \S", said), said
     assert [x.name for x in tmp_path.iterdir()] == ["c"] * (text is not None)
+
+
+def test_a_program_of_ones_own_may_have_paths_with_its_prefix_and_short_names(hibernate, tmp_path):
+    setting = hibernate.Setting("@room", "path", "room", "a folder")
+    program = hibernate.Program("x", (hibernate.Role("y", hibernate.Session),), (setting,), "x_")
+    assert hibernate.Config(program).room == str(Path("room").absolute())
+    base = str(tmp_path).ljust(98, "x")  # with "/y.new" it would do, but not with "/master.new"
+    (tmp_path / "c").write_text(f"base_dir = {base}")
+    with pytest.raises(hibernate.ConfigError, match=":1: base_dir"):
+        hibernate.Config(program, str(tmp_path / "c"))
 
 
 def test_as_root_each_service_is_its_user_and_reads_no_more_than_it_needs():
