@@ -2313,11 +2313,11 @@ class Master:
         self.ticks = 0
         self.stopping = 0  # the tick after which all are killed
         self.deserted = -math.inf  # ticks without a client, once the ports are released
+        self.prepare_directory()
 
     # From start to ready
 
     def run(self) -> None:
-        self.prepare_directory()
         # All of them before any fork: a process inherits its service's whole group.
         self.groups = self.open_listeners(self.config)
         for role in self.config.program.roles:
@@ -4700,7 +4700,6 @@ def serve(config: Config, options: argparse.Namespace) -> None:
     logging._srcfile = None  # to look for the calling line is a third of a line's cost (HOWTO)
     multiprocessing.current_process().name = "master"
     first = INHERIT not in os.environ
-    lines = [] if config.path or not first else make_demo(config)
     if not config.path:
         config.values["passwd_file"] = config.inbox("demo-users")
 
@@ -4711,13 +4710,14 @@ def serve(config: Config, options: argparse.Namespace) -> None:
                 print(f"listening {name} {f'[{host}]' if ':' in host else host}:{port}")
         print(*lines, "ready", sep="\n", flush=True)
 
-    Master(config, ready if first else None).run()
+    master = Master(config, ready if first else None)  # from here on base_dir is ours
+    lines = [] if config.path or not first else make_demo(config)
+    master.run()
 
 
 def make_demo(config: Config) -> list[str]:
     """Without a configuration: a user with a password made up now, and a message to read."""
     password = secrets.token_hex(12)
-    os.makedirs(config.base_dir, 0o700, exist_ok=True)
     with open(config.inbox("demo-users"), "w", encoding="ascii") as file:
         file.write(f"demo:{encode_password('SSHA512', password)}\n")
     home = home_of(config, "demo")

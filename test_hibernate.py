@@ -724,6 +724,14 @@ def test_without_a_configuration_it_serves_a_demo_user_and_leaves_nothing_git_wo
             assert "* 1 EXISTS" in client.cmd("SELECT INBOX")
 
 
+def test_a_second_start_in_the_same_directory_leaves_the_first_its_demo_user():
+    with the_default_port(), Clone() as server:
+        done = subprocess.run(server.command(), cwd=server.dir, capture_output=True, timeout=PATIENCE)
+        assert (done.returncode, done.stdout) == (69, b"") and b"is in use" in done.stderr, done
+        with Imap(server, "demo") as client:
+            client.cmd("SELECT INBOX")
+
+
 def test_it_is_ready_within_a_second():
     best = min(ready_after() for _ in range(3))
     assert best < 1.0
