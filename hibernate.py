@@ -2639,6 +2639,7 @@ def notify(text: str) -> None:
     """Tell systemd, if it has started us: sd_notify(3). "@" begins an abstract name, unix(7)."""
     if path := os.environ.get("NOTIFY_SOCKET"):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(1.0)  # it may be stuck, and must not hold up a stop
             sock.sendto(text.encode(), re.sub("^@", "\0", path))
 
 

@@ -1945,6 +1945,20 @@ def test_a_reload_that_could_not_open_its_log_or_its_directory_is_refused():
         client.cmd("NOOP")
 
 
+def test_a_systemd_that_does_not_listen_holds_up_neither_start_nor_stop(tmp_path, monkeypatch):
+    name = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(name)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+            other.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while other.sendto(b"x", name):
+                    pass
+        monkeypatch.setenv("NOTIFY_SOCKET", name)
+        with Server() as server:
+            server.stop()
+
+
 def test_a_killed_master_that_is_started_again_finds_all_its_sleepers():
     users = [f"u{n}" for n in range(20)]
     with Server(users=users) as server:
