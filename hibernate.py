@@ -2295,10 +2295,12 @@ class Master:
     control: socket.socket  # the inbox of commands
 
     def __init__(self, config: Config, ready: Callable[[Master], None] | None) -> None:
-        """`ready` is called once, when all listen and every reserve has reported."""
+        """`ready` is called once, when all listen and every reserve has reported; after a reload
+        only if it has not been called before."""
         self.config, self.loop = config, Loop()
-        self.ready: Callable[[Master], None] | None = ready or (lambda master: None)
         inherited: dict[str, list[int]] = json.loads(os.environ.pop(INHERIT, "{}"))
+        self.ready = ready if not inherited or "unready" in inherited else None
+        self.settled = False  # every reserve has reported
         for fd in itertools.chain(*inherited.values()):
             os.set_inheritable(fd, False)  # or it would survive the next exec, unknown to all
         [self.lock] = inherited.pop("lock", [-1])
@@ -2485,13 +2487,15 @@ class Master:
             child.tell("stop")
         child.reported, pool.delay = True, 0
         self.balance(pool)
-        if self.ready and all(
+        if not self.settled and all(
             sum(child.reported for child in pool.children) >= pool.settings.process_min_avail
             for pool in self.pools
         ):
+            self.settled = True
             notify("READY=1")
             ready, self.ready = self.ready, None
-            ready(self)
+            if ready:
+                ready(self)
 
     def bury(self, pool: Pool, child: Child) -> None:
         """Neither the process nor a survivor is left."""
@@ -2621,6 +2625,7 @@ class Master:
             groups = self.open_listeners(config)
             fds = {key: [sock.fileno() for sock in group] for key, group in groups.items()}
             fds |= {"lock": [self.lock], "master": [self.control.fileno()]}
+            fds |= {"unready": []} if self.ready else {}
             for fd in itertools.chain(*fds.values()):
                 os.set_inheritable(fd, True)
             os.environ[INHERIT] = json.dumps(fds)
@@ -4700,7 +4705,6 @@ def serve(config: Config, options: argparse.Namespace) -> None:
     logging.basicConfig(handlers=[handler], format=layout, level=logging.INFO)
     logging._srcfile = None  # to look for the calling line is a third of a line's cost (HOWTO)
     multiprocessing.current_process().name = "master"
-    first = INHERIT not in os.environ
     if not config.path:
         config.values["passwd_file"] = config.inbox("demo-users")
 
@@ -4711,8 +4715,8 @@ def serve(config: Config, options: argparse.Namespace) -> None:
                 print(f"listening {name} {f'[{host}]' if ':' in host else host}:{port}")
         print(*lines, "ready", sep="\n", flush=True)
 
-    master = Master(config, ready if first else None)  # from here on base_dir is ours
-    lines = [] if config.path or not first else make_demo(config)
+    master = Master(config, ready)  # from here on base_dir is ours
+    lines = [] if config.path or not master.ready else make_demo(config)
     master.run()
 
 

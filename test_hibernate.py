@@ -1959,6 +1959,16 @@ def test_a_systemd_that_does_not_listen_holds_up_neither_start_nor_stop(tmp_path
             server.stop()
 
 
+def test_a_server_that_is_reloaded_before_it_is_ready_still_says_that_it_is():
+    patch = "hibernate.Master.tick = lambda self: self.reload() if self.ready else None"
+    with PatchedServer(patch=f"import os\nif hibernate.INHERIT not in os.environ: {patch}") as server:
+        assert "reloading" in server.log()
+        assert server.run("reload").returncode == 0
+        assert server.ask(b"status")
+        server.stop()
+        assert server.process.stdout.read() == b""
+
+
 def test_a_killed_master_that_is_started_again_finds_all_its_sleepers():
     users = [f"u{n}" for n in range(20)]
     with Server(users=users) as server:
