@@ -4788,7 +4788,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
         if isinstance(value, dict):
             value = ", ".join(f"{count} {what}" for what, count in value.items())
-        return "-" if value in (None, "") else str(value)
+        text = "-" if value in (None, "") else str(value)
+        return text if text.isprintable() else ascii(text)  # a terminal obeys control characters
 
     names = list(dict.fromkeys(itertools.chain(*rows)))
     table = [names, *([shown(name, row.get(name)) for name in names] for row in rows)]

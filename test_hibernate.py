@@ -2801,6 +2801,13 @@ def test_who_asks_while_a_process_is_forked_hears_the_end_of_the_answer():
             assert answer.count(b'"service"') == 3, answer
 
 
+def test_who_prints_no_control_character_that_a_user_has_chosen(hibernate, capsys):
+    hibernate.print_table([{"user": "ann", "since": 0}, {"user": "a\x1b[2J\ud800", "since": None}])
+    assert capsys.readouterr().out == "user              since\nann               0\n" + (
+        r"'a\x1b[2J\ud800'  -" "\n"
+    )
+
+
 def test_stop_ends_the_server_and_then_nothing_is_running():
     with Server() as server:
         client = Imap(server, "alice")
