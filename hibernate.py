@@ -2441,7 +2441,8 @@ class Master:
             process = multiprocessing.get_context("fork").Process(target=main, name=pool.role.name)
             process.start()
         except OSError as error:
-            close_all(open_pipes() - before)  # multiprocessing forgets them if the fork fails
+            if before:  # could be listed: multiprocessing forgets its pipes if the fork fails
+                close_all(open_pipes() - before)
             log.error("service %s: fork: %s", pool.role.name, error.strerror)
             return self.throttle(pool)
         theirs.close()
@@ -4761,9 +4762,9 @@ def control(config: Config, options: argparse.Namespace) -> None:
             sock.send(os.fsencode(f"{options.command} {options.operand}".strip()))
             while data := sock.recv(1 << 20):
                 text += data
-        except (FileNotFoundError, ConnectionError):
+        except (FileNotFoundError, ConnectionRefusedError):
             raise Failure(75, f"hibernate is not running in {config.base_dir}") from None
-        except (TimeoutError, BlockingIOError):
+        except (TimeoutError, BlockingIOError, ConnectionError):
             if not text:  # else it is one process that does not answer; the others have
                 raise Failure(75, "the master does not answer") from None
     if text.startswith(b"refused"):
