@@ -4733,10 +4733,10 @@ def make_demo(config: Config) -> list[str]:
 
 
 def make_password(config: Config, options: argparse.Namespace) -> None:
-    password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
     try:
+        password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
         print(encode_password((options.operand or "SSHA512").upper(), password))
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise Failure(64, error) from None
 
 

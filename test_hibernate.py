@@ -2843,6 +2843,12 @@ def test_a_command_whose_master_does_not_answer_says_so(hibernate, tmp_path, mon
                 assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_a_password_that_is_no_utf_8_is_refused_in_one_line():
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as in most locales
+    done = program("passwd", input=b"\xff\n", env=strict)
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (64, b"", 1), done
+
+
 def test_ctrl_c_at_the_password_prompt_is_no_traceback(hibernate, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
