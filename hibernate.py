@@ -413,9 +413,8 @@ class Loop:
         """From now on a signal of `table` is a call from this loop."""
 
         def heard(fd: int, mask: int) -> None:
-            # The lowest number last: SIGHUP may end in an exec, which hears of no other.
-            for number in sorted(os.read(fd, 4096), reverse=True):
-                table.get(number, lambda: None)()  # all signals with a handler come this way
+            # One at a time: what follows a SIGHUP is reload()'s to keep.
+            table.get(os.read(fd, 1)[0], lambda: None)()  # all with a handler come this way
 
         for number in table:
             signal.signal(number, lambda *_: None)
@@ -581,9 +580,11 @@ class Channel:
 # two owners: with an unread "+", Linux delivers ECONNRESET before what was sent earlier.
 # ------------------------------------------------------------------------------------------------
 
-RETRIED_ERRORS = "EAGAIN ECONNREFUSED ECONNRESET ENOENT ETOOMANYREFS EPIPE EMFILE ENFILE ENOBUFS"
 LATE = b"late"  # in place of a "!" that has not come
-RETRIED = {"full", "busy", "lost", *RETRIED_ERRORS.split()}  # any other reason is final
+RETRIED = {  # any other reason is final
+    "full", "busy", "lost", "EAGAIN", "ECONNREFUSED", "ECONNRESET", "ENOENT", "ETOOMANYREFS",
+    "EPIPE", "EMFILE", "ENFILE", "ENOBUFS",
+}  # fmt: skip
 compact = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -2277,9 +2278,9 @@ class Pool:
     def sockets(self) -> list[socket.socket]:
         return [self.inbox, *itertools.chain(*self.listeners)]
 
-    def free(self) -> set[int]:
-        """The slots of processes with room."""
-        return {child.slot for child in self.children if child.room > 0}
+    def free(self) -> int:
+        """How many processes have room."""
+        return sum(child.room > 0 for child in self.children)
 
     def idle(self) -> list[Child]:
         return [child for child in self.children if child.reported and not child.clients]
@@ -2411,7 +2412,7 @@ class Master:
     def balance(self, pool: Pool) -> None:
         """Fork what the reserve asks for; listen exactly while no process has room."""
         least, most = pool.settings.process_min_avail, pool.settings.process_limit
-        while len(pool.free()) < least and len(pool.children) < most and not pool.rests:
+        while pool.free() < least and len(pool.children) < most and not pool.rests:
             self.spawn(pool)
         free = pool.free()
         pool.full = 0 if free else pool.full
