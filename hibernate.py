@@ -2602,7 +2602,8 @@ class Master:
 
     def reload(self, tell: Callable[[str], None] = lambda word: None) -> None:
         """Become the new code and the new settings: same pid, same ports, same children. As long
-        as there is a way back a new process checks file and code, and what is added is bound."""
+        as there is a way back a new process checks file and code, what is added is bound, and
+        what else the next generation has to open is tried."""
         if self.stopping:
             return
         # From here on signals wait for who comes out of it: unblocked, a second SIGHUP in the
@@ -2622,6 +2623,8 @@ class Master:
             if config.base_dir != self.config.base_dir:
                 config.fail(config.lines["base_dir"], "base_dir can't change: sessions live in it")
             self.prepare_directory()
+            self.open_inbox("trial").close()
+            os.unlink(self.config.inbox("trial"))
             if config.log_path:
                 open(config.log_path, "ab").close()
             groups = self.open_listeners(config)

@@ -1959,6 +1959,27 @@ def test_a_systemd_that_does_not_listen_holds_up_neither_start_nor_stop(tmp_path
             server.stop()
 
 
+def test_a_reload_for_whose_inboxes_there_is_no_room_is_refused():
+    patch = (
+        "import errno, os, socket\n"
+        "class Socket(socket.socket):\n"
+        "    def bind(self, name):\n"
+        "        if os.path.exists('full') and isinstance(name, str):\n"
+        "            raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "        super().bind(name)\n"
+        "socket.socket = Socket"
+    )
+    with PatchedServer(patch=patch, allow="refused: ") as server, Imap(server, "alice") as client:
+        (server.dir / "full").touch()
+        refused = server.run("reload")
+        assert refused.returncode == 78 and b"No space" in refused.stderr, (refused, server.log())
+        client.cmd("NOOP")
+        (server.dir / "full").unlink()
+        assert server.run("reload").returncode == 0
+        client.cmd("NOOP")
+        assert not list((server.dir / "hibernate.run").glob("trial*"))
+
+
 def test_a_server_that_is_reloaded_before_it_is_ready_still_says_that_it_is():
     patch = "hibernate.Master.tick = lambda self: self.reload() if self.ready else None"
     with PatchedServer(patch=f"import os\nif hibernate.INHERIT not in os.environ: {patch}") as server:
