@@ -2489,6 +2489,10 @@ class Master:
             child.tell("stop")
         child.reported, pool.delay = True, 0
         self.balance(pool)
+        self.settle()
+
+    def settle(self) -> None:
+        """Tell who has started us, once, that every reserve has reported."""
         if not self.settled and all(
             sum(child.reported for child in pool.children) >= pool.settings.process_min_avail
             for pool in self.pools
@@ -2537,6 +2541,7 @@ class Master:
                 pool.idle_low = len(pool.idle())
             pool.rests = max(0, pool.rests - 1)
             self.balance(pool)
+        self.settle()  # without any reserve nobody reports
         # Three looks in a row: reports are up to a second old, and a session may be on its way.
         busy = any(child.clients for pool in self.pools for child in pool.children)
         self.deserted = min(self.deserted, 0) if busy else self.deserted + 1

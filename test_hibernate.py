@@ -743,6 +743,13 @@ def ready_after():
         return time.monotonic() - start
 
 
+def test_a_server_without_any_process_in_reserve_is_ready_and_forks_when_a_client_comes():
+    names = ("imap-login", "auth", "imap")
+    none = "".join(f"service {name} {{\n process_min_avail = 0\n}}\n" for name in names)
+    with Server(none) as server, Imap(server, "alice") as client:
+        client.cmd("NOOP")
+
+
 def test_ctrl_c_says_bye_to_all_and_the_next_start_finds_nothing_in_its_way():
     with Server() as server:
         before_login, awake, asleep = Imap(server), Imap(server, "alice"), Imap(server, "bob")
