@@ -2650,7 +2650,7 @@ INDEX_PATIENCE = 0.2  # seconds to wait for another process's transaction, then 
 EXPUNGED_KEPT = 7 * 86400  # in stamps: about as many seconds; no session is that far behind
 KEYWORD_LIMIT = 500  # keywords of one mailbox
 TICK = 500_000  # ns: less than any clock's for files that isn't exact
-UNSETTLED = (0, 0)  # in place of times: look again, the folder is changing right now
+UNSETTLED = (-1, -1)  # in place of times: look again, the folder is changing right now
 LEVEL = "(?:[ -%'-\\-0-~]|&[A-Za-z0-9+,]*-)+"  # printable, modified UTF-7 (RFC 3501 5.1.3)
 NAME = re.compile(rf"(?=.{{1,240}}\Z){LEVEL}(?:\.{LEVEL})*")  # NAME_MAX is 255
 LETTERS = {"\\Answered": "R", "\\Flagged": "F", "\\Deleted": "T", "\\Seen": "S", "\\Draft": "D"}
@@ -2663,7 +2663,7 @@ SCHEMA = f"""
 BEGIN;
 CREATE TABLE last AS SELECT %d AS stamp;
 CREATE TABLE mailbox (id INTEGER PRIMARY KEY AUTOINCREMENT, name UNIQUE, uidvalidity, modseq,
-    uidnext DEFAULT 1, recent DEFAULT 1, keywords DEFAULT '', new DEFAULT 0, cur DEFAULT 0);
+    uidnext DEFAULT 1, recent DEFAULT 1, keywords DEFAULT '', new DEFAULT -1, cur DEFAULT -1);
 INSERT INTO mailbox (name, uidvalidity, modseq) SELECT 'INBOX', stamp, stamp FROM last;
 CREATE TABLE message (box, uid, file, flags, keywords, modseq, PRIMARY KEY (box, uid))
     WITHOUT ROWID;
@@ -2746,10 +2746,10 @@ def base_of(file: bytes) -> bytes:
 
 
 def folder_times(folder: bytes) -> tuple[int, int]:
-    """st_mtime_ns of new/ and cur/, negative if there is no such folder."""
+    """st_mtime_ns of new/ and cur/, or what no folder and no row has."""
     with contextlib.suppress(FileNotFoundError):
         return os.stat(folder + b"/new").st_mtime_ns, os.stat(folder + b"/cur").st_mtime_ns
-    return -1, -1
+    return -2, -2
 
 
 @lru_cache(1024)
@@ -3829,8 +3829,8 @@ class View:
     keywords: int = -1  # how many the client knows
     modseq: int = 0  # up to here it knows of changed flags
     expunged: int = 0  # and up to here of expunged messages
-    new: int = 0  # the folder's times before the last look
-    cur: int = 0
+    new: int = -1  # the folder's times before the last look
+    cur: int = -1
 
     @property
     def index(self) -> Index:

@@ -1463,7 +1463,7 @@ def test_mail_that_comes_between_offer_and_commit_is_told(hibernate, early):
         home = str(server.home("alice"))
         session, box = hibernate.ImapSession(), hibernate.Index.at(home).by_name("INBOX")
         session.view = view = hibernate.View(home, box.id, box.name, False, box.uidvalidity)
-        eventually(lambda: view.look(True) and view.new)
+        eventually(lambda: view.look(True) and view.new > 0)
         eventually(lambda: time.time_ns() - max(view.new, view.cur) > 2 * hibernate.YOUNG)
         sender = Sender(server, hibernate, "imap-hibernate")
         watch = ["", view.new, view.cur]
@@ -2487,6 +2487,16 @@ def test_what_is_no_file_is_no_message(server, user):
     with Imap(server, user) as client:
         assert "* 3 EXISTS" in client.cmd("SELECT Work")
         assert len(client.cmd("FETCH 1:* BODY.PEEK[]")) == 4
+
+
+def test_a_maildir_of_1970_is_read_as_any_other(server, user):
+    home = three_messages(server, user)
+    for part in ("new", "cur"):
+        os.utime(home / ".Work" / part, (0, 0))
+    with Imap(server, user) as client:
+        assert "* 3 EXISTS" in client.cmd("SELECT Work")
+        deliver_by_hand(home / ".Work")
+        assert "* 4 EXISTS" in client.cmd("NOOP")
 
 
 def test_an_index_restored_from_a_backup_gives_no_uid_twice(server, user):
