@@ -2922,6 +2922,9 @@ class Index:
             with self.db:  # COMMIT at its end, or ROLLBACK
                 self.db.execute("BEGIN IMMEDIATE")
                 last = self.number("SELECT stamp FROM last")
+                if not least and directory_time(self.mark) // 10**9 > last:
+                    open_index.cache_clear()  # the next to ask for it gets new UIDVALIDITYs
+                    raise Deleted("UNAVAILABLE", "The index was replaced by a backup")
                 self.stamp = max(last + 1, int(time.time()), least)
                 self.db.execute("UPDATE last SET stamp = ?", (self.stamp,))
                 yield

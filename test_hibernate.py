@@ -2523,6 +2523,26 @@ def test_an_index_restored_from_a_backup_gives_no_uid_twice(server, user):
     assert validity <= seen()[0]
 
 
+def test_a_backup_written_over_an_index_in_use_gives_no_uid_twice(server, user):
+    home = three_messages(server, user)
+    with Imap(server, user) as client:
+        before = client.cmd("SELECT Work")
+        with sqlite3.connect(home / "hibernate.sqlite3") as index, sqlite3.connect(":memory:") as copy:
+            index.backup(copy)
+            deliver_by_hand(home / ".Work")
+            assert "* 4 EXISTS" in client.cmd("NOOP")
+            client.cmd("STORE 4 +FLAGS (\\Deleted)")
+            client.cmd("EXPUNGE")
+            copy.backup(index)
+        deliver_by_hand(home / ".Work")
+        client.send("x NOOP\r\n")
+        assert "* BYE" in client.ended()
+    with Imap(server, user) as client:
+        after = client.cmd("SELECT Work")
+        validity = [re.findall(r"UIDVALIDITY (\d+)", "".join(said))[0] for said in (before, after)]
+        assert int(validity[0]) < int(validity[1])
+
+
 @table("asleep", [True, False])
 def test_an_index_deleted_under_a_session_ends_it_and_the_next_is_right(server, user, asleep):
     home = three_messages(server, user)
