@@ -2770,8 +2770,9 @@ def told_apart(device: int, tmp: bytes) -> bool:
 
 def listing(folder: bytes) -> dict[bytes, bytes]:
     """All messages: base name to file. new/ comes first: what moves to cur/ in between is seen."""
-    names = [b"new/" + file.name for file in os.scandir(folder + b"/new") if file.is_file()]
-    names += [b"cur/" + file.name for file in os.scandir(folder + b"/cur") if file.is_file()]
+    names = [sub + file.name for sub in (b"new/", b"cur/")
+             for file in os.scandir(folder + b"/" + sub)
+             if file.is_file(follow_symlinks=False) or os.path.isfile(file)]
     return {base_of(name): name for name in names if not name.startswith(b".", 4)}
 
 
