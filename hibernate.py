@@ -3000,19 +3000,19 @@ class Index:
         shutil.rmtree(trash, ignore_errors=True)
 
     def rename_folder(self, old: str, new: str) -> None:
-        """With all folders below it. The INBOX stays; its messages go to the new one."""
+        """With all folders below it. The INBOX stays with its own; its messages go to the new."""
+        if old == "INBOX":
+            self.create_folder(new)
+            inbox, query = self.refresh(self.by_name(old)), "SELECT uid FROM message WHERE box = ?"
+            uids = [uid for uid, in self.all(query, inbox.id)]
+            self.copy(inbox, uids, self.by_name(new.removesuffix(".")), move=True)
+            return
         below = [name for name in self.names() if name == old or name.startswith(old + ".")]
         moves = {name: new + name[len(old):] for name in below}
         if not moves:
             self.must_exist(old)
         if new.startswith(old + ".") or any(map(self.exists, moves.values())):
             raise MailError("ALREADYEXISTS", "Mailbox already exists, or would be below itself")
-        if old == "INBOX":
-            self.create_folder(new)
-            inbox, query = self.refresh(self.by_name(old)), "SELECT uid FROM message WHERE box = ?"
-            uids = [uid for uid, in self.all(query, inbox.id)]
-            self.copy(inbox, uids, self.by_name(new), move=True)
-            return
         with self.transaction():
             for name, target in moves.items():
                 self.move_folder(self.folder(name), self.folder(target), target)
@@ -4369,7 +4369,8 @@ class ImapSession(Session):
         return "[READ-ONLY]" if readonly else "[READ-WRITE]"
 
     def delete(self, name: str) -> None:
-        mine = self.view and self.view.box().name == name
+        query = "SELECT 1 FROM mailbox WHERE id = ? AND name = ?"
+        mine = self.view and self.index.all(query, self.view.id, name)
         self.index.delete_folder(name)
         if mine:
             self.view = None

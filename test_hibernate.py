@@ -2394,6 +2394,12 @@ def test_what_the_auditors_tripped_over_is_answered_as_dovecot_does(server, user
         client.cmd("RENAME x y")
         client.cmd("DELETE y")
         client.cmd("NOOP")
+        client.cmd("RENAME INBOX INBOX.old")
+        assert "* 2 EXISTS" in client.cmd("SELECT INBOX.old")
+        other.cmd("DELETE INBOX.old")
+        client.cmd("DELETE INBOX.work")
+        client.send("x NOOP\r\n")
+        assert "* BYE" in client.ended()
 
 
 def test_append_keeps_bytes_flags_and_date(server, user):
@@ -2484,6 +2490,8 @@ def test_what_is_no_file_is_no_message(server, user):
     home = three_messages(server, user)
     (home / ".Work" / "cur" / "1.directory").mkdir()
     os.mkfifo(home / ".Work" / "new" / "2.fifo")
+    (home / ".Work" / "new" / "3.loop").symlink_to("3.loop")
+    (home / ".Work" / "new" / "4.dangling").symlink_to("nowhere")
     with Imap(server, user) as client:
         assert "* 3 EXISTS" in client.cmd("SELECT Work")
         assert len(client.cmd("FETCH 1:* BODY.PEEK[]")) == 4
