@@ -2667,7 +2667,6 @@ CREATE TABLE mailbox (id INTEGER PRIMARY KEY AUTOINCREMENT, name UNIQUE, uidvali
 INSERT INTO mailbox (name, uidvalidity, modseq) SELECT 'INBOX', stamp, stamp FROM last;
 CREATE TABLE message (box, uid, file, flags, keywords, modseq, PRIMARY KEY (box, uid))
     WITHOUT ROWID;
-CREATE INDEX changed ON message (box, modseq);
 CREATE TABLE parsed (box, uid, item, value, PRIMARY KEY (box, uid, item)) WITHOUT ROWID;
 CREATE TABLE expunged (box, modseq, uid, PRIMARY KEY (box, modseq, uid)) WITHOUT ROWID;
 CREATE TRIGGER written BEFORE INSERT ON message BEGIN
