@@ -4395,7 +4395,8 @@ class ImapSession(Session):
         if not STATUS.keys() >= {*items}:
             raise BadCommand("Invalid STATUS item")
         pairs = ", ".join(f"'{item}', {STATUS[item]}" for item in dict.fromkeys(items))
-        query = f"SELECT {pairs} FROM mailbox LEFT JOIN message ON box = id WHERE id = ?"
+        # The plus: compared to a column of integers, `box` could not be searched for.
+        query = f"SELECT {pairs} FROM mailbox LEFT JOIN message ON box = +id WHERE id = ?"
         text = " ".join(map(str, self.index.all(query, box.id)[0]))
         yield b"* STATUS %b (%b)\r\n" % (atom_or_quoted(box.name), text.encode())
 

@@ -2590,6 +2590,24 @@ def test_what_fetch_computes_is_kept_and_told_again(server, user):
         assert "Flagged" in client.cmd("FETCH 2 (FLAGS BODY)")[0]
 
 
+def test_no_query_reads_the_messages_of_other_mailboxes(server, user, hibernate):
+    home, queries = three_messages(server, user), list[str]()
+    session = hibernate.ImapSession()
+    session.home = session.user = str(home)
+    index = session.index
+    index.db.set_trace_callback(queries.append)
+    for command in ("SELECT Work", "STATUS Work (MESSAGES RECENT UNSEEN)", "STORE 1 +FLAGS (x)",
+                    "FETCH 1 BODY", "COPY 1 INBOX", "STORE 2 FLAGS (\\Deleted)", "EXPUNGE"):
+        session.buffer += f"x {command}\r\n".encode()
+        assert b"x OK" in b"".join(session.resume()), command
+    index.db.set_trace_callback(None)
+    queries = [query for query in queries if query.startswith(("SELECT", "INSERT", "DELETE"))]
+    plans = [index.all(f"EXPLAIN QUERY PLAN {query}") for query in queries]
+    read = [row[3] for plan in plans for row in plan]
+    assert len(read) > 20 and not re.search("SCAN (message|parsed|expunged)", "\n".join(read))
+    hibernate.open_index.cache_clear()
+
+
 def test_two_workers_mutt_and_a_delivery_agent_share_a_mailbox_and_nothing_is_lost():
     """SHARE_SECONDS=60 does it for longer."""
     end = time.monotonic() + float(os.environ.get("SHARE_SECONDS", "3"))
