@@ -2852,23 +2852,22 @@ class Index:
     @staticmethod
     def at(home: str) -> Index:
         """The user's index, opened anew if its file was deleted or replaced."""
-        while True:
+        for _ in range(5):
             with contextlib.suppress(FileNotFoundError):
                 return open_index(home, os.stat(f"{home}/hibernate.sqlite3").st_ino)
-            Index(home)  # makes the file
+            Index.make(home)
+        raise OSError(f"{home}/hibernate.sqlite3 is nothing that can be filled")
 
-    def __init__(self, home: str, inode: int = 0) -> None:
+    def __init__(self, home: str, inode: int) -> None:
+        """FileNotFoundError: make() it. By the `inode` open_index() tells it from others."""
         self.home, self.mark = os.fsencode(home), f"{home}/hibernate.uids"
-        if not inode:
-            os.makedirs(home, 0o700, exist_ok=True)
-            mend(self.home)
-        self.connect(home)
-        ours = self.number("PRAGMA application_id") == INDEX_VERSION
-        if not ours or not os.path.exists(self.mark):
-            with open(self.mark, "a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                self.make(home)
+        path = f"{home}/hibernate.sqlite3"
+        self.db = sqlite3.connect(path, INDEX_PATIENCE, isolation_level=None)
+        self.db.execute("PRAGMA cache_size = -64")
+        self.db.execute("PRAGMA synchronous = FULL")
         mark = int(os.stat(self.mark).st_mtime)  # before the stamp, which others move on
+        if self.number("PRAGMA application_id") != INDEX_VERSION:
+            raise FileNotFoundError
         if mark > self.number("SELECT stamp FROM last"):
             last = self.number("SELECT ifnull(max(id), 0) FROM mailbox")
             with self.transaction(mark + last + 1):
@@ -2877,26 +2876,24 @@ class Index:
                 if self.db.execute(query, (self.stamp, mark)).rowcount:
                     log.warning("%s: the index is from a backup, new UIDVALIDITYs", home)
 
-    def connect(self, home: str) -> None:
-        path = f"{home}/hibernate.sqlite3"
-        self.db = sqlite3.connect(path, INDEX_PATIENCE, isolation_level=None)
-        self.db.execute("PRAGMA cache_size = -64")
-        self.db.execute("PRAGMA synchronous = FULL")
-
-    def make(self, home: str) -> None:
-        """Fill an index that is empty, discard one that isn't ours; by one process at a time,
-        and another may have been faster."""
-        self.db.close()
-        self.connect(home)
-        if not self.number("SELECT count(*) FROM sqlite_master"):
-            # It need not be on disk before there are UIDs: these wait for all of it.
-            self.db.execute("PRAGMA synchronous = OFF")
-            stamp = max(int(os.stat(self.mark).st_mtime) + 1, int(time.time()))
-            self.db.executescript(SCHEMA % stamp)
-            self.db.execute("PRAGMA synchronous = FULL")
-        elif self.number("PRAGMA application_id") != INDEX_VERSION:
-            self.put_aside(home, "not our index, or of another version")
-            raise FileNotFoundError  # at() makes another
+    @staticmethod
+    def make(home: str) -> None:
+        """What is missing of an index; one that isn't ours is put aside. By one process at a
+        time, and another may have been faster."""
+        os.makedirs(home, 0o700, exist_ok=True)
+        mend(os.fsencode(home))
+        with contextlib.ExitStack() as stack:
+            mark = stack.enter_context(open(f"{home}/hibernate.uids", "a"))
+            fcntl.flock(mark, fcntl.LOCK_EX)
+            db = sqlite3.connect(f"{home}/hibernate.sqlite3", INDEX_PATIENCE, isolation_level=None)
+            stack.callback(db.close)
+            if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                # It need not be on disk before there are UIDs: these wait for all of it.
+                db.execute("PRAGMA synchronous = OFF")
+                stamp = max(int(os.fstat(mark.fileno()).st_mtime) + 1, int(time.time()))
+                db.executescript(SCHEMA % stamp)
+            elif db.execute("PRAGMA application_id").fetchone() != (INDEX_VERSION,):
+                Index.put_aside(home, "not our index, or of another version")
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # it was never opened
