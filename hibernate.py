@@ -2944,31 +2944,33 @@ class Index:
 
     def must_exist(self, name: str, code: str = "NONEXISTENT") -> bytes:
         """Its folder, in which nothing is missing."""
-        if not self.exists(name):
-            raise MailError(code, f"Mailbox doesn't exist: {name}")
-        mend(self.folder(name))
-        return self.folder(name)
+        folder = self.folder(name)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            mend(folder)
+            return folder
+        raise MailError(code, f"Mailbox doesn't exist: {name}")
 
     def names(self) -> list[str]:
         """All mailboxes that have a folder."""
         found = [each[1:] for each in os.listdir(os.fsdecode(self.home)) if each.startswith(".")]
         return sorted({"INBOX", *(x for x in found if NAME.fullmatch(x) and self.exists(x))})
 
-    def by_id(self, value: int | str, uidvalidity: int = 0, column: str = "id") -> Mailbox:
-        for row in map(Mailbox._make, self.all(f"SELECT * FROM mailbox WHERE {column} = ?", value)):
-            if uidvalidity in (0, row.uidvalidity):
-                return row
+    def by_id(self, number: int, uidvalidity: int = 0) -> Mailbox:
+        query = "SELECT * FROM mailbox WHERE id = ? AND ? IN (0, uidvalidity)"
+        if rows := self.all(query, number, uidvalidity):
+            return Mailbox(*rows[0])
         raise Deleted("NONEXISTENT", "Mailbox was deleted")
 
     def by_name(self, name: str, missing: str = "NONEXISTENT") -> Mailbox:
         """The row of a folder that exists, made if need be."""
         self.must_exist(name, missing)
-        with contextlib.suppress(Deleted):
-            return self.by_id(name, column="name")
-        with self.transaction():
-            query = "INSERT OR IGNORE INTO mailbox (name, uidvalidity, modseq) VALUES (?, ?, ?)"
-            self.db.execute(query, (name, self.stamp, self.stamp))
-            return self.by_id(name, column="name")
+        query = "SELECT * FROM mailbox WHERE name = ?"
+        if not (rows := self.all(query, name)):
+            with self.transaction():
+                new = "INSERT OR IGNORE INTO mailbox (name, uidvalidity, modseq) VALUES (?, ?, ?)"
+                self.db.execute(new, (name, self.stamp, self.stamp))
+                rows = self.all(query, name)
+        return Mailbox(*rows[0])
 
     def move_folder(self, source: bytes, target: bytes, name: str) -> None:
         """Rename a folder, and forget what the index has of that name."""
