@@ -3055,16 +3055,17 @@ class Index:
         if known and not (claim and box.recent < box.uidnext):
             return box
         with self.transaction():
-            box = self.scan(self.by_id(box.id))
+            box = self.scan(box.id)
             if claim:
                 self.db.execute("UPDATE mailbox SET recent = uidnext WHERE id = ?", (box.id,))
         return box
 
-    def scan(self, box: Mailbox) -> Mailbox:
+    def scan(self, number: int) -> Mailbox:
         """Bring the rows in line with the folder. readdir(3) may miss a file that is renamed
         meanwhile, so a message is only gone if it is missing in a folder whose times were old
         before the listing, and the same after it."""
-        folder, changed, gone = self.must_exist(box.name), [], []
+        box, changed, gone = self.by_id(number), [], []
+        folder = self.must_exist(box.name)
         times, now = folder_times(folder), time.clock_gettime_ns(FILE_CLOCK)
         if times == (box.new, box.cur):
             return box
@@ -3183,10 +3184,11 @@ class Index:
             os.link(path, copy)
             self.undo.callback(os.unlink, copy)
 
-    def expunge(self, number: int, uids: Sequence[int], deleted_only: bool = False) -> None:
+    def expunge(self, number: int, uids: Sequence[int]) -> None:
+        """Those that are \\Deleted."""
         with self.transaction():
-            box = self.scan(self.by_id(number))  # somebody may have taken \Deleted off again
-            rows = [r for r in self.rows(number, uids) if "T" in r.flags or not deleted_only]
+            box = self.scan(number)  # somebody may have taken \Deleted off again
+            rows = [row for row in self.rows(number, uids) if "T" in row.flags]
             for row in rows:
                 with contextlib.suppress(Vanished):
                     self.on_file(box, row, os.unlink)
@@ -3975,16 +3977,19 @@ class Candidate:
         return b"{%d}\r\n%b" % (len(data), data)
 
 
+PARSED: dict[bytes, Callable[[Message], bytes]] = {  # never change, and are kept in the index
+    b"RFC822.SIZE": lambda m: b"%d" % len(m.data),
+    b"ENVELOPE": lambda m: quoted(m.envelope()),
+    b"BODY": lambda m: quoted(m.structure(False)),
+    b"BODYSTRUCTURE": lambda m: quoted(m.structure(True)),
+}
 INDEXED = (b"UID", b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"MODSEQ")  # first in an answer
 ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {  # the first are those of FAST, ALL and FULL
     b"FLAGS": lambda m: b"(%b)" % " ".join([
         *(name for name, letter in LETTERS.items() if letter in m.row.flags),
         *["\\Recent"] * m.recent, *m.row.keywords.split()]).encode(),
     b"INTERNALDATE": lambda m: f'"{m.when():%d-%b-%Y %H:%M:%S %z}"'.encode(),
-    b"RFC822.SIZE": lambda m: m.recall(b"RFC822.SIZE"),
-    b"ENVELOPE": lambda m: m.recall(b"ENVELOPE"),
-    b"BODY": lambda m: m.recall(b"BODY"),
-    b"BODYSTRUCTURE": lambda m: m.recall(b"BODYSTRUCTURE"),
+    **{name: partial(Candidate.recall, item=name) for name in PARSED},
     b"UID": lambda m: b"%d" % m.row.uid,
     b"MODSEQ": lambda m: b"(%d)" % m.row.modseq,
     b"RFC822": lambda m: m.literal(((), "", ())),
@@ -3992,13 +3997,6 @@ ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {  # the first are those of F
     b"RFC822.TEXT": lambda m: m.literal(((), "TEXT", ())),
 }
 UID, FLAGS, MODSEQ = ((name, ITEMS[name]) for name in (b"UID", b"FLAGS", b"MODSEQ"))
-PARSED: dict[bytes, Callable[[Message], bytes]] = {  # never change, and are kept in the index
-    b"RFC822.SIZE": lambda m: b"%d" % len(m.data),
-    b"ENVELOPE": lambda m: quoted(m.envelope()),
-    b"BODY": lambda m: quoted(m.structure(False)),
-    b"BODYSTRUCTURE": lambda m: quoted(m.structure(True)),
-}
-
 # The cost of a key, its test, what follows it. Cheap ones are tried first: for 0 the index is
 # enough, 1 takes the file's status (or a size that is known), 2 the message, 3 all its text.
 SEARCH_KEYS: dict[str, tuple[Any, ...]] = {
@@ -4422,7 +4420,7 @@ class ImapSession(Session):
     def expunge(self, view: View, ranges: bytes | None = None, leave: bool = False) -> None:
         if not view.readonly:
             uids = view.uids if ranges is None else view.pick(ranges, self.by_uid)
-            view.index.expunge(view.box().id, uids, deleted_only=True)
+            view.index.expunge(view.box().id, uids)
         if leave:
             self.view = None
 
