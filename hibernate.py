@@ -3905,25 +3905,25 @@ class View:
                 since = "WHERE box = ? AND modseq > ? AND uid < ? ORDER BY uid"
                 dead = index.all(f"SELECT uid FROM expunged {since}", box.id, self.expunged, end)
                 changed = index.all(f"SELECT * FROM message {since}", box.id, self.modseq, end)
+            query = "SELECT uid FROM message WHERE box = ? AND uid >= ? ORDER BY uid"
+            fresh = index.all(query, box.id, end)
             lines = self.flag_lines(box.keywords.split())
             self.name, self.modseq = box.name, box.modseq
             self.new, self.cur = UNSETTLED
             if expunges or not dead:
-                lines += self.resize(dead, box.uidnext)
-                self.expunged, (self.new, self.cur) = box.modseq, times
+                lines += self.resize({uid for uid, in dead}, [uid for uid, in fresh], not end)
+                self.uidnext, self.expunged = box.uidnext, box.modseq
+                self.new, self.cur = times
         return lines, (Candidate(self, box, MessageRow(*row), {}) for row in changed)
 
-    def resize(self, dead: list[tuple[int]], uidnext: int) -> list[str]:
+    def resize(self, dead: set[int], fresh: list[int], first: bool) -> list[str]:
         """EXPUNGE, EXISTS and RECENT."""
-        lines, recents, first = list[str](), self.recents(), not self.uidnext
-        for uid, in reversed(dead):
-            if number := self.number(uid):
-                del self.uids[number - 1]
-                lines.append(f"* {number} EXPUNGE\r\n")
-        query = "SELECT uid FROM message WHERE box = ? AND uid >= ? ORDER BY uid"
-        fresh = self.index.all(query, self.id, self.uidnext)
-        self.uids.extend(uid for uid, in fresh)
-        self.uidnext = uidnext
+        lines, recents = list[str](), self.recents()
+        if dead:  # each taken out by itself would be quadratic
+            numbered = [*enumerate(self.uids, 1)]
+            lines = [f"* {number} EXPUNGE\r\n" for number, uid in numbered[::-1] if uid in dead]
+            self.uids = array("I", (uid for uid in self.uids if uid not in dead))
+        self.uids.extend(fresh)
         if fresh or first:
             lines.append(f"* {len(self.uids)} EXISTS\r\n")
         if self.recents() != recents or first:
