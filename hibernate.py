@@ -2950,6 +2950,10 @@ class Index:
             return folder
         raise MailError(code, f"Mailbox doesn't exist: {name}")
 
+    def spare(self) -> bytes:
+        """A path for a folder that is not yet, or no longer, a mailbox."""
+        return self.must_exist("INBOX") + b"/tmp/" + unique_name()
+
     def names(self) -> list[str]:
         """All mailboxes that have a folder."""
         found = [each[1:] for each in os.listdir(os.fsdecode(self.home)) if each.startswith(".")]
@@ -2979,7 +2983,7 @@ class Index:
         self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))
 
     def create_folder(self, name: str) -> None:
-        name, made = name.removesuffix("."), self.home + b"/tmp/" + unique_name()
+        name, made = name.removesuffix("."), self.spare()
         with self.transaction():
             if self.exists(name):
                 raise MailError("ALREADYEXISTS", "Mailbox already exists")
@@ -2992,7 +2996,7 @@ class Index:
     def delete_folder(self, name: str) -> None:
         if name == "INBOX":
             raise MailError("CANNOT", "INBOX can't be deleted")
-        trash = self.home + b"/tmp/" + unique_name()
+        trash = self.spare()
         with self.transaction():
             self.move_folder(self.must_exist(name), trash, name)
         shutil.rmtree(trash, ignore_errors=True)

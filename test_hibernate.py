@@ -2570,8 +2570,11 @@ def test_an_index_deleted_under_a_session_ends_it_and_the_next_is_right(server, 
 def test_what_is_missing_of_a_maildir_is_made_again(server, user, part):
     home = three_messages(server, user)
     with Imap(server, user) as client:
+        client.cmd("CREATE other")
         for folder in (home, home / ".Work"):
             shutil.rmtree(folder / part)
+        client.cmd("DELETE other")
+        client.cmd("CREATE another")
         client.cmd("SELECT INBOX")
         client.cmd("APPEND Work (\\Seen)", literal=message())
         assert f"* {1 if part == 'cur' else 4} EXISTS" in client.cmd("SELECT Work")
