@@ -2637,8 +2637,8 @@ def notify(text: str) -> None:
 #
 # The directories' times are the change notice: whoever commits what others must hear of changes
 # new/ or cur/ in the same transaction, so a session that finds the times it knows has missed
-# nothing and opens no database. Folders are listed and files renamed only while the index is
-# locked; nothing in here may yield to the engine with that lock held.
+# nothing and opens no database. Rows are compared with a folder, and files renamed, only while the
+# index is locked; nothing in here may yield to the engine with that lock held.
 #
 # Delivered files stay in new/ until a flag is set: moving them to cur/ at SELECT, as others do,
 # stirs all sleepers again, to tell them nothing. Symbolic links are followed: none is made here.
@@ -2882,18 +2882,17 @@ class Index:
         time, and another may have been faster."""
         os.makedirs(home, 0o700, exist_ok=True)
         mend(os.fsencode(home))
-        with contextlib.ExitStack() as stack:
-            mark = stack.enter_context(open(f"{home}/hibernate.uids", "a"))
+        with open(f"{home}/hibernate.uids", "a") as mark:
             fcntl.flock(mark, fcntl.LOCK_EX)
-            db = sqlite3.connect(f"{home}/hibernate.sqlite3", INDEX_PATIENCE, isolation_level=None)
-            stack.callback(db.close)
-            if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
-                # It need not be on disk before there are UIDs: these wait for all of it.
-                db.execute("PRAGMA synchronous = OFF")
-                stamp = max(int(os.fstat(mark.fileno()).st_mtime) + 1, int(time.time()))
-                db.executescript(SCHEMA % stamp)
-            elif db.execute("PRAGMA application_id").fetchone() != (INDEX_VERSION,):
-                Index.put_aside(home, "not our index, or of another version")
+            path = f"{home}/hibernate.sqlite3"
+            with contextlib.closing(sqlite3.connect(path, INDEX_PATIENCE)) as db:
+                if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                    # It need not be on disk before there are UIDs: these wait for all of it.
+                    db.execute("PRAGMA synchronous = OFF")
+                    stamp = max(int(os.fstat(mark.fileno()).st_mtime) + 1, int(time.time()))
+                    db.executescript(SCHEMA % stamp)
+                elif db.execute("PRAGMA application_id").fetchone() != (INDEX_VERSION,):
+                    Index.put_aside(home, "not our index, or of another version")
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # it was never opened
