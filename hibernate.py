@@ -2851,10 +2851,12 @@ class Index:
 
     @staticmethod
     def at(home: str) -> Index:
-        """The user's index, opened anew if its file was deleted or replaced."""
+        """The user's index, opened anew if its file was deleted, emptied or replaced."""
         for _ in range(5):
             with contextlib.suppress(FileNotFoundError):
-                return open_index(home, os.stat(f"{home}/hibernate.sqlite3").st_ino)
+                file = os.stat(f"{home}/hibernate.sqlite3")
+                if file.st_size:
+                    return open_index(home, file.st_ino)
             Index.make(home)
         raise OSError(f"{home}/hibernate.sqlite3 is nothing that can be filled")
 

@@ -2552,13 +2552,19 @@ def test_a_backup_written_over_an_index_in_use_gives_no_uid_twice(server, user):
 
 
 @table("asleep", [True, False])
-def test_an_index_deleted_under_a_session_ends_it_and_the_next_is_right(server, user, asleep):
+@table("emptied", [True, False])
+def test_an_index_deleted_under_a_session_ends_it_and_the_next_is_right(
+    server, user, asleep, emptied
+):
     home = three_messages(server, user)
     with Imap(server, user) as client:
         before = [x for x in client.cmd("SELECT Work") if "UIDVALIDITY" in x]
         if asleep:
             falls_asleep(server, user)
-        (home / "hibernate.sqlite3").unlink()
+        if emptied:
+            (home / "hibernate.sqlite3").write_bytes(b"")
+        else:
+            (home / "hibernate.sqlite3").unlink()
         client.send("x FETCH 1 FLAGS\r\n")
         assert "* BYE" in client.ended()
     with Imap(server, user) as client:
