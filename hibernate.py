@@ -2864,7 +2864,7 @@ class Index:
         """FileNotFoundError: make() it. By the `inode` open_index() tells it from others."""
         self.home, self.mark = os.fsencode(home), f"{home}/hibernate.uids"
         path = f"{home}/hibernate.sqlite3"
-        self.db = sqlite3.connect(path, INDEX_PATIENCE, isolation_level=None)
+        self.db = sqlite3.connect(path, timeout=INDEX_PATIENCE, isolation_level=None)
         self.db.execute("PRAGMA cache_size = -64")
         self.db.execute("PRAGMA synchronous = FULL")
         mark = int(os.stat(self.mark).st_mtime)  # before the stamp, which others move on
@@ -2887,7 +2887,7 @@ class Index:
         with open(f"{home}/hibernate.uids", "a") as mark:
             fcntl.flock(mark, fcntl.LOCK_EX)
             path = f"{home}/hibernate.sqlite3"
-            with contextlib.closing(sqlite3.connect(path, INDEX_PATIENCE)) as db:
+            with contextlib.closing(sqlite3.connect(path, timeout=INDEX_PATIENCE)) as db:
                 if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
                     # It need not be on disk before there are UIDs: these wait for all of it.
                     db.execute("PRAGMA synchronous = OFF")
