@@ -2961,10 +2961,11 @@ class Index:
         return sorted({"INBOX", *(x for x in found if NAME.fullmatch(x) and self.exists(x))})
 
     def by_id(self, number: int, uidvalidity: int = 0) -> Mailbox:
+        """A row known before; with its UIDVALIDITY it is the one that a session has selected."""
         query = "SELECT * FROM mailbox WHERE id = ? AND ? IN (0, uidvalidity)"
         if rows := self.all(query, number, uidvalidity):
             return Mailbox(*rows[0])
-        raise Deleted("NONEXISTENT", "Mailbox was deleted")
+        raise (Deleted if uidvalidity else MailError)("NONEXISTENT", "Mailbox was deleted")
 
     def by_name(self, name: str, missing: str = "NONEXISTENT") -> Mailbox:
         """The row of a folder that exists, made if need be."""
@@ -3166,7 +3167,7 @@ class Index:
         copies = []
         with self.transaction():
             source, target = self.by_id(source.id), self.by_id(target.id)
-            there = self.folder(target.name)
+            there = self.must_exist(target.name, "TRYCREATE")
             if len(rows := self.rows(source.id, uids)) < len(uids):
                 raise Vanished("EXPUNGEISSUED", "Some of the messages no longer exist")
             words = {word for row in rows for word in row.keywords.split()}

@@ -2599,6 +2599,25 @@ def test_what_fetch_computes_is_kept_and_told_again(server, user):
         assert "Flagged" in client.cmd("FETCH 2 (FLAGS BODY)")[0]
 
 
+@table("command", ["COPY 1 other", "STATUS other (MESSAGES)"])
+def test_a_mailbox_deleted_while_another_is_selected_ends_no_session(
+    server, user, hibernate, command, monkeypatch
+):
+    def deleted_at_once(index, name, *missing):
+        box = by_name(index, name, *missing)
+        if name == "other":
+            index.delete_folder(name)
+        return box
+
+    by_name, session = hibernate.Index.by_name, hibernate.ImapSession()
+    session.home = session.user = str(three_messages(server, user))
+    monkeypatch.setattr(hibernate.Index, "by_name", deleted_at_once)
+    for line, answer in (("SELECT Work", b"x OK"), ("CREATE other", b"x OK"), (command, b"x NO")):
+        session.buffer += f"x {line}\r\n".encode()
+        assert answer in b"".join(session.resume()) and not session.ended, line
+    hibernate.open_index.cache_clear()
+
+
 def test_no_query_reads_the_messages_of_other_mailboxes(server, user, hibernate):
     home, queries = three_messages(server, user), list[str]()
     session = hibernate.ImapSession()
