@@ -3940,9 +3940,8 @@ class View:
         if len(words) == self.keywords:
             return []
         self.keywords, flags = len(words), " ".join([*LETTERS, *words])
-        usual = f"({flags} \\*)] Flags permitted."
-        permanent = "()] Read-only mailbox." if self.readonly else usual
-        return [f"* FLAGS ({flags})\r\n* OK [PERMANENTFLAGS {permanent}\r\n"]
+        kept = ")] Read-only mailbox." if self.readonly else f"{flags} \\*)] Flags permitted."
+        return [f"* FLAGS ({flags})\r\n* OK [PERMANENTFLAGS ({kept}\r\n"]
 
 
 class Candidate:
