@@ -2671,8 +2671,8 @@ def notify(text: str) -> None:
 #
 # The directories' times are the change notice: whoever commits what others must hear of changes
 # new/ or cur/ in the same transaction, so a session that finds the times it knows has missed
-# nothing and opens no database. Folders are listed and files renamed only while the index is
-# locked; nothing in here may yield to the engine with that lock held.
+# nothing and opens no database. Rows are compared with a folder, and files renamed, only while the
+# index is locked; nothing in here may yield to the engine with that lock held.
 #
 # Delivered files stay in new/ until a flag is set: moving them to cur/ at SELECT, as others do,
 # stirs all sleepers again, to tell them nothing. Symbolic links are followed: none is made here.
@@ -2684,7 +2684,7 @@ INDEX_PATIENCE = 0.2  # seconds to wait for another process's transaction, then 
 EXPUNGED_KEPT = 7 * 86400  # in stamps: about as many seconds; no session is that far behind
 KEYWORD_LIMIT = 500  # keywords of one mailbox
 TICK = 500_000  # ns: less than any clock's for files that isn't exact
-UNSETTLED = (0, 0)  # in place of times: look again, the folder is changing right now
+UNSETTLED = (-1, -1)  # in place of times: look again, the folder is changing right now
 LEVEL = "(?:[ -%'-\\-0-~]|&[A-Za-z0-9+,]*-)+"  # printable, modified UTF-7 (RFC 3501 5.1.3)
 NAME = re.compile(rf"(?=.{{1,240}}\Z){LEVEL}(?:\.{LEVEL})*")  # NAME_MAX is 255
 LETTERS = {"\\Answered": "R", "\\Flagged": "F", "\\Deleted": "T", "\\Seen": "S", "\\Draft": "D"}
@@ -2697,11 +2697,10 @@ SCHEMA = f"""
 BEGIN;
 CREATE TABLE last AS SELECT %d AS stamp;
 CREATE TABLE mailbox (id INTEGER PRIMARY KEY AUTOINCREMENT, name UNIQUE, uidvalidity, modseq,
-    uidnext DEFAULT 1, recent DEFAULT 1, keywords DEFAULT '', new DEFAULT 0, cur DEFAULT 0);
+    uidnext DEFAULT 1, recent DEFAULT 1, keywords DEFAULT '', new DEFAULT -1, cur DEFAULT -1);
 INSERT INTO mailbox (name, uidvalidity, modseq) SELECT 'INBOX', stamp, stamp FROM last;
 CREATE TABLE message (box, uid, file, flags, keywords, modseq, PRIMARY KEY (box, uid))
     WITHOUT ROWID;
-CREATE INDEX changed ON message (box, modseq);
 CREATE TABLE parsed (box, uid, item, value, PRIMARY KEY (box, uid, item)) WITHOUT ROWID;
 CREATE TABLE expunged (box, modseq, uid, PRIMARY KEY (box, modseq, uid)) WITHOUT ROWID;
 CREATE TRIGGER written BEFORE INSERT ON message BEGIN
@@ -2780,10 +2779,10 @@ def base_of(file: bytes) -> bytes:
 
 
 def folder_times(folder: bytes) -> tuple[int, int]:
-    """st_mtime_ns of new/ and cur/, negative if there is no such folder."""
+    """st_mtime_ns of new/ and cur/, or what no folder and no row has."""
     with contextlib.suppress(FileNotFoundError):
         return os.stat(folder + b"/new").st_mtime_ns, os.stat(folder + b"/cur").st_mtime_ns
-    return -1, -1
+    return -2, -2
 
 
 @lru_cache(1024)
@@ -2804,8 +2803,9 @@ def told_apart(device: int, tmp: bytes) -> bool:
 
 def listing(folder: bytes) -> dict[bytes, bytes]:
     """All messages: base name to file. new/ comes first: what moves to cur/ in between is seen."""
-    names = [b"new/" + file.name for file in os.scandir(folder + b"/new") if file.is_file()]
-    names += [b"cur/" + file.name for file in os.scandir(folder + b"/cur") if file.is_file()]
+    names = [sub + file.name for sub in (b"new/", b"cur/")
+             for file in os.scandir(folder + b"/" + sub)
+             if file.is_file(follow_symlinks=False) or os.path.isfile(file)]
     return {base_of(name): name for name in names if not name.startswith(b".", 4)}
 
 
@@ -2885,24 +2885,25 @@ class Index:
 
     @staticmethod
     def at(home: str) -> Index:
-        """The user's index, opened anew if its file was deleted or replaced."""
-        while True:
+        """The user's index, opened anew if its file was deleted, emptied or replaced."""
+        for _ in range(5):
             with contextlib.suppress(FileNotFoundError):
-                return open_index(home, os.stat(f"{home}/hibernate.sqlite3").st_ino)
-            Index(home)  # makes the file
+                file = os.stat(f"{home}/hibernate.sqlite3")
+                if file.st_size:
+                    return open_index(home, file.st_ino)
+            Index.make(home)
+        raise OSError(f"{home}/hibernate.sqlite3 is nothing that can be filled")
 
-    def __init__(self, home: str, inode: int = 0) -> None:
+    def __init__(self, home: str, inode: int) -> None:
+        """FileNotFoundError: make() it. By the `inode` open_index() tells it from others."""
         self.home, self.mark = os.fsencode(home), f"{home}/hibernate.uids"
-        if not inode:
-            os.makedirs(home, 0o700, exist_ok=True)
-            mend(self.home)
-        self.connect(home)
-        ours = self.number("PRAGMA application_id") == INDEX_VERSION
-        if not ours or not os.path.exists(self.mark):
-            with open(self.mark, "a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                self.make(home)
+        path = f"{home}/hibernate.sqlite3"
+        self.db = sqlite3.connect(path, timeout=INDEX_PATIENCE, isolation_level=None)
+        self.db.execute("PRAGMA cache_size = -64")
+        self.db.execute("PRAGMA synchronous = FULL")
         mark = int(os.stat(self.mark).st_mtime)  # before the stamp, which others move on
+        if self.number("PRAGMA application_id") != INDEX_VERSION:
+            raise FileNotFoundError
         if mark > self.number("SELECT stamp FROM last"):
             last = self.number("SELECT ifnull(max(id), 0) FROM mailbox")
             with self.transaction(mark + last + 1):
@@ -2911,26 +2912,23 @@ class Index:
                 if self.db.execute(query, (self.stamp, mark)).rowcount:
                     log.warning("%s: the index is from a backup, new UIDVALIDITYs", home)
 
-    def connect(self, home: str) -> None:
-        path = f"{home}/hibernate.sqlite3"
-        self.db = sqlite3.connect(path, INDEX_PATIENCE, isolation_level=None)
-        self.db.execute("PRAGMA cache_size = -64")
-        self.db.execute("PRAGMA synchronous = FULL")
-
-    def make(self, home: str) -> None:
-        """Fill an index that is empty, discard one that isn't ours; by one process at a time,
-        and another may have been faster."""
-        self.db.close()
-        self.connect(home)
-        if not self.number("SELECT count(*) FROM sqlite_master"):
-            # It need not be on disk before there are UIDs: these wait for all of it.
-            self.db.execute("PRAGMA synchronous = OFF")
-            stamp = max(int(os.stat(self.mark).st_mtime) + 1, int(time.time()))
-            self.db.executescript(SCHEMA % stamp)
-            self.db.execute("PRAGMA synchronous = FULL")
-        elif self.number("PRAGMA application_id") != INDEX_VERSION:
-            self.put_aside(home, "not our index, or of another version")
-            raise FileNotFoundError  # at() makes another
+    @staticmethod
+    def make(home: str) -> None:
+        """What is missing of an index; one that isn't ours is put aside. By one process at a
+        time, and another may have been faster."""
+        os.makedirs(home, 0o700, exist_ok=True)
+        mend(os.fsencode(home))
+        with open(f"{home}/hibernate.uids", "a") as mark:
+            fcntl.flock(mark, fcntl.LOCK_EX)
+            path = f"{home}/hibernate.sqlite3"
+            with contextlib.closing(sqlite3.connect(path, timeout=INDEX_PATIENCE)) as db:
+                if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                    # It need not be on disk before there are UIDs: these wait for all of it.
+                    db.execute("PRAGMA synchronous = OFF")
+                    stamp = max(int(os.fstat(mark.fileno()).st_mtime) + 1, int(time.time()))
+                    db.executescript(SCHEMA % stamp)
+                elif db.execute("PRAGMA application_id").fetchone() != (INDEX_VERSION,):
+                    Index.put_aside(home, "not our index, or of another version")
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # it was never opened
@@ -2956,6 +2954,9 @@ class Index:
             with self.db:  # COMMIT at its end, or ROLLBACK
                 self.db.execute("BEGIN IMMEDIATE")
                 last = self.number("SELECT stamp FROM last")
+                if not least and directory_time(self.mark) // 10**9 > last:
+                    open_index.cache_clear()  # the next to ask for it gets new UIDVALIDITYs
+                    raise Deleted("UNAVAILABLE", "The index was replaced by a backup")
                 self.stamp = max(last + 1, int(time.time()), least)
                 self.db.execute("UPDATE last SET stamp = ?", (self.stamp,))
                 yield
@@ -2978,31 +2979,38 @@ class Index:
 
     def must_exist(self, name: str, code: str = "NONEXISTENT") -> bytes:
         """Its folder, in which nothing is missing."""
-        if not self.exists(name):
-            raise MailError(code, f"Mailbox doesn't exist: {name}")
-        mend(self.folder(name))
-        return self.folder(name)
+        folder = self.folder(name)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            mend(folder)
+            return folder
+        raise MailError(code, f"Mailbox doesn't exist: {name}")
+
+    def spare(self) -> bytes:
+        """A path for a folder that is not yet, or no longer, a mailbox."""
+        return self.must_exist("INBOX") + b"/tmp/" + unique_name()
 
     def names(self) -> list[str]:
         """All mailboxes that have a folder."""
         found = [each[1:] for each in os.listdir(os.fsdecode(self.home)) if each.startswith(".")]
         return sorted({"INBOX", *(x for x in found if NAME.fullmatch(x) and self.exists(x))})
 
-    def by_id(self, value: int | str, uidvalidity: int = 0, column: str = "id") -> Mailbox:
-        for row in map(Mailbox._make, self.all(f"SELECT * FROM mailbox WHERE {column} = ?", value)):
-            if uidvalidity in (0, row.uidvalidity):
-                return row
-        raise Deleted("NONEXISTENT", "Mailbox was deleted")
+    def by_id(self, number: int, uidvalidity: int = 0) -> Mailbox:
+        """A row known before; with its UIDVALIDITY it is the one that a session has selected."""
+        query = "SELECT * FROM mailbox WHERE id = ? AND ? IN (0, uidvalidity)"
+        if rows := self.all(query, number, uidvalidity):
+            return Mailbox(*rows[0])
+        raise (Deleted if uidvalidity else MailError)("NONEXISTENT", "Mailbox was deleted")
 
     def by_name(self, name: str, missing: str = "NONEXISTENT") -> Mailbox:
         """The row of a folder that exists, made if need be."""
         self.must_exist(name, missing)
-        with contextlib.suppress(Deleted):
-            return self.by_id(name, column="name")
-        with self.transaction():
-            query = "INSERT OR IGNORE INTO mailbox (name, uidvalidity, modseq) VALUES (?, ?, ?)"
-            self.db.execute(query, (name, self.stamp, self.stamp))
-            return self.by_id(name, column="name")
+        query = "SELECT * FROM mailbox WHERE name = ?"
+        if not (rows := self.all(query, name)):
+            with self.transaction():
+                new = "INSERT OR IGNORE INTO mailbox (name, uidvalidity, modseq) VALUES (?, ?, ?)"
+                self.db.execute(new, (name, self.stamp, self.stamp))
+                rows = self.all(query, name)
+        return Mailbox(*rows[0])
 
     def move_folder(self, source: bytes, target: bytes, name: str) -> None:
         """Rename a folder, and forget what the index has of that name."""
@@ -3011,7 +3019,7 @@ class Index:
         self.db.execute("DELETE FROM mailbox WHERE name = ?", (name,))
 
     def create_folder(self, name: str) -> None:
-        name, made = name.removesuffix("."), self.home + b"/tmp/" + unique_name()
+        name, made = name.removesuffix("."), self.spare()
         with self.transaction():
             if self.exists(name):
                 raise MailError("ALREADYEXISTS", "Mailbox already exists")
@@ -3024,25 +3032,25 @@ class Index:
     def delete_folder(self, name: str) -> None:
         if name == "INBOX":
             raise MailError("CANNOT", "INBOX can't be deleted")
-        trash = self.home + b"/tmp/" + unique_name()
+        trash = self.spare()
         with self.transaction():
             self.move_folder(self.must_exist(name), trash, name)
         shutil.rmtree(trash, ignore_errors=True)
 
     def rename_folder(self, old: str, new: str) -> None:
-        """With all folders below it. The INBOX stays; its messages go to the new one."""
+        """With all folders below it. The INBOX stays with its own; its messages go to the new."""
+        if old == "INBOX":
+            self.create_folder(new)
+            inbox, query = self.refresh(self.by_name(old)), "SELECT uid FROM message WHERE box = ?"
+            uids = [uid for uid, in self.all(query, inbox.id)]
+            self.copy(inbox, uids, self.by_name(new.removesuffix(".")), move=True)
+            return
         below = [name for name in self.names() if name == old or name.startswith(old + ".")]
         moves = {name: new + name[len(old):] for name in below}
         if not moves:
             self.must_exist(old)
         if new.startswith(old + ".") or any(map(self.exists, moves.values())):
             raise MailError("ALREADYEXISTS", "Mailbox already exists, or would be below itself")
-        if old == "INBOX":
-            self.create_folder(new)
-            inbox, query = self.refresh(self.by_name(old)), "SELECT uid FROM message WHERE box = ?"
-            uids = [uid for uid, in self.all(query, inbox.id)]
-            self.copy(inbox, uids, self.by_name(new), move=True)
-            return
         with self.transaction():
             for name, target in moves.items():
                 self.move_folder(self.folder(name), self.folder(target), target)
@@ -3087,16 +3095,17 @@ class Index:
         if known and not (claim and box.recent < box.uidnext):
             return box
         with self.transaction():
-            box = self.scan(self.by_id(box.id))
+            box = self.scan(box.id)
             if claim:
                 self.db.execute("UPDATE mailbox SET recent = uidnext WHERE id = ?", (box.id,))
         return box
 
-    def scan(self, box: Mailbox) -> Mailbox:
+    def scan(self, number: int) -> Mailbox:
         """Bring the rows in line with the folder. readdir(3) may miss a file that is renamed
         meanwhile, so a message is only gone if it is missing in a folder whose times were old
         before the listing, and the same after it."""
-        folder, changed, gone = self.must_exist(box.name), [], []
+        box, changed, gone = self.by_id(number), [], []
+        folder = self.must_exist(box.name)
         times, now = folder_times(folder), time.clock_gettime_ns(FILE_CLOCK)
         if times == (box.new, box.cur):
             return box
@@ -3192,7 +3201,7 @@ class Index:
         copies = []
         with self.transaction():
             source, target = self.by_id(source.id), self.by_id(target.id)
-            there = self.folder(target.name)
+            there = self.must_exist(target.name, "TRYCREATE")
             if len(rows := self.rows(source.id, uids)) < len(uids):
                 raise Vanished("EXPUNGEISSUED", "Some of the messages no longer exist")
             words = {word for row in rows for word in row.keywords.split()}
@@ -3215,10 +3224,11 @@ class Index:
             os.link(path, copy)
             self.undo.callback(os.unlink, copy)
 
-    def expunge(self, number: int, uids: Sequence[int], deleted_only: bool = False) -> None:
+    def expunge(self, number: int, uids: Sequence[int]) -> None:
+        """Those that are \\Deleted."""
         with self.transaction():
-            box = self.scan(self.by_id(number))  # somebody may have taken \Deleted off again
-            rows = [r for r in self.rows(number, uids) if "T" in r.flags or not deleted_only]
+            box = self.scan(number)  # somebody may have taken \Deleted off again
+            rows = [row for row in self.rows(number, uids) if "T" in row.flags]
             for row in rows:
                 with contextlib.suppress(Vanished):
                     self.on_file(box, row, os.unlink)
@@ -3863,8 +3873,8 @@ class View:
     keywords: int = -1  # how many the client knows
     modseq: int = 0  # up to here it knows of changed flags
     expunged: int = 0  # and up to here of expunged messages
-    new: int = 0  # the folder's times before the last look
-    cur: int = 0
+    new: int = -1  # the folder's times before the last look
+    cur: int = -1
 
     @property
     def index(self) -> Index:
@@ -3935,25 +3945,25 @@ class View:
                 since = "WHERE box = ? AND modseq > ? AND uid < ? ORDER BY uid"
                 dead = index.all(f"SELECT uid FROM expunged {since}", box.id, self.expunged, end)
                 changed = index.all(f"SELECT * FROM message {since}", box.id, self.modseq, end)
+            query = "SELECT uid FROM message WHERE box = ? AND uid >= ? ORDER BY uid"
+            fresh = index.all(query, box.id, end)
             lines = self.flag_lines(box.keywords.split())
             self.name, self.modseq = box.name, box.modseq
             self.new, self.cur = UNSETTLED
             if expunges or not dead:
-                lines += self.resize(dead, box.uidnext)
-                self.expunged, (self.new, self.cur) = box.modseq, times
+                lines += self.resize({uid for uid, in dead}, [uid for uid, in fresh], not end)
+                self.uidnext, self.expunged = box.uidnext, box.modseq
+                self.new, self.cur = times
         return lines, (Candidate(self, box, MessageRow(*row), {}) for row in changed)
 
-    def resize(self, dead: list[tuple[int]], uidnext: int) -> list[str]:
+    def resize(self, dead: set[int], fresh: list[int], first: bool) -> list[str]:
         """EXPUNGE, EXISTS and RECENT."""
-        lines, recents, first = list[str](), self.recents(), not self.uidnext
-        for uid, in reversed(dead):
-            if number := self.number(uid):
-                del self.uids[number - 1]
-                lines.append(f"* {number} EXPUNGE\r\n")
-        query = "SELECT uid FROM message WHERE box = ? AND uid >= ? ORDER BY uid"
-        fresh = self.index.all(query, self.id, self.uidnext)
-        self.uids.extend(uid for uid, in fresh)
-        self.uidnext = uidnext
+        lines, recents = list[str](), self.recents()
+        if dead:  # each taken out by itself would be quadratic
+            numbered = [*enumerate(self.uids, 1)]
+            lines = [f"* {number} EXPUNGE\r\n" for number, uid in numbered[::-1] if uid in dead]
+            self.uids = array("I", (uid for uid in self.uids if uid not in dead))
+        self.uids.extend(fresh)
         if fresh or first:
             lines.append(f"* {len(self.uids)} EXISTS\r\n")
         if self.recents() != recents or first:
@@ -3964,9 +3974,8 @@ class View:
         if len(words) == self.keywords:
             return []
         self.keywords, flags = len(words), " ".join([*LETTERS, *words])
-        usual = f"({flags} \\*)] Flags permitted."
-        permanent = "()] Read-only mailbox." if self.readonly else usual
-        return [f"* FLAGS ({flags})\r\n* OK [PERMANENTFLAGS {permanent}\r\n"]
+        kept = ")] Read-only mailbox." if self.readonly else f"{flags} \\*)] Flags permitted."
+        return [f"* FLAGS ({flags})\r\n* OK [PERMANENTFLAGS ({kept}\r\n"]
 
 
 class Candidate:
@@ -4007,16 +4016,19 @@ class Candidate:
         return b"{%d}\r\n%b" % (len(data), data)
 
 
+PARSED: dict[bytes, Callable[[Message], bytes]] = {  # never change, and are kept in the index
+    b"RFC822.SIZE": lambda m: b"%d" % len(m.data),
+    b"ENVELOPE": lambda m: quoted(m.envelope()),
+    b"BODY": lambda m: quoted(m.structure(False)),
+    b"BODYSTRUCTURE": lambda m: quoted(m.structure(True)),
+}
 INDEXED = (b"UID", b"FLAGS", b"INTERNALDATE", b"RFC822.SIZE", b"MODSEQ")  # first in an answer
 ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {  # the first are those of FAST, ALL and FULL
     b"FLAGS": lambda m: b"(%b)" % " ".join([
         *(name for name, letter in LETTERS.items() if letter in m.row.flags),
         *["\\Recent"] * m.recent, *m.row.keywords.split()]).encode(),
     b"INTERNALDATE": lambda m: f'"{m.when():%d-%b-%Y %H:%M:%S %z}"'.encode(),
-    b"RFC822.SIZE": lambda m: m.recall(b"RFC822.SIZE"),
-    b"ENVELOPE": lambda m: m.recall(b"ENVELOPE"),
-    b"BODY": lambda m: m.recall(b"BODY"),
-    b"BODYSTRUCTURE": lambda m: m.recall(b"BODYSTRUCTURE"),
+    **{name: partial(Candidate.recall, item=name) for name in PARSED},
     b"UID": lambda m: b"%d" % m.row.uid,
     b"MODSEQ": lambda m: b"(%d)" % m.row.modseq,
     b"RFC822": lambda m: m.literal(((), "", ())),
@@ -4024,13 +4036,6 @@ ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {  # the first are those of F
     b"RFC822.TEXT": lambda m: m.literal(((), "TEXT", ())),
 }
 UID, FLAGS, MODSEQ = ((name, ITEMS[name]) for name in (b"UID", b"FLAGS", b"MODSEQ"))
-PARSED: dict[bytes, Callable[[Message], bytes]] = {  # never change, and are kept in the index
-    b"RFC822.SIZE": lambda m: b"%d" % len(m.data),
-    b"ENVELOPE": lambda m: quoted(m.envelope()),
-    b"BODY": lambda m: quoted(m.structure(False)),
-    b"BODYSTRUCTURE": lambda m: quoted(m.structure(True)),
-}
-
 # The cost of a key, its test, what follows it. Cheap ones are tried first: for 0 the index is
 # enough, 1 takes the file's status (or a size that is known), 2 the message, 3 all its text.
 SEARCH_KEYS: dict[str, tuple[Any, ...]] = {
@@ -4399,7 +4404,8 @@ class ImapSession(Session):
         return "[READ-ONLY]" if readonly else "[READ-WRITE]"
 
     def delete(self, name: str) -> None:
-        mine = self.view and self.view.box().name == name
+        query = "SELECT 1 FROM mailbox WHERE id = ? AND name = ?"
+        mine = self.view and self.index.all(query, self.view.id, name)
         self.index.delete_folder(name)
         if mine:
             self.view = None
@@ -4425,7 +4431,8 @@ class ImapSession(Session):
         if not STATUS.keys() >= {*items}:
             raise BadCommand("Invalid STATUS item")
         pairs = ", ".join(f"'{item}', {STATUS[item]}" for item in dict.fromkeys(items))
-        query = f"SELECT {pairs} FROM mailbox LEFT JOIN message ON box = id WHERE id = ?"
+        # The plus: compared to a column of integers, `box` could not be searched for.
+        query = f"SELECT {pairs} FROM mailbox LEFT JOIN message ON box = +id WHERE id = ?"
         text = " ".join(map(str, self.index.all(query, box.id)[0]))
         yield b"* STATUS %b (%b)\r\n" % (atom_or_quoted(box.name), text.encode())
 
@@ -4452,7 +4459,7 @@ class ImapSession(Session):
     def expunge(self, view: View, ranges: bytes | None = None, leave: bool = False) -> None:
         if not view.readonly:
             uids = view.uids if ranges is None else view.pick(ranges, self.by_uid)
-            view.index.expunge(view.box().id, uids, deleted_only=True)
+            view.index.expunge(view.box().id, uids)
         if leave:
             self.view = None
 

@@ -1478,7 +1478,7 @@ def test_mail_that_comes_between_offer_and_commit_is_told(hibernate, early):
         home = str(server.home("alice"))
         session, box = hibernate.ImapSession(), hibernate.Index.at(home).by_name("INBOX")
         session.view = view = hibernate.View(home, box.id, box.name, False, box.uidvalidity)
-        eventually(lambda: view.look(True) and view.new)
+        eventually(lambda: view.look(True) and view.new > 0)
         eventually(lambda: time.time_ns() - max(view.new, view.cur) > 2 * hibernate.YOUNG)
         sender = Sender(server, hibernate, "imap-hibernate")
         watch = ["", view.new, view.cur]
@@ -2551,6 +2551,12 @@ def test_what_the_auditors_tripped_over_is_answered_as_dovecot_does(server, user
         client.cmd("RENAME x y")
         client.cmd("DELETE y")
         client.cmd("NOOP")
+        client.cmd("RENAME INBOX INBOX.old")
+        assert "* 2 EXISTS" in client.cmd("SELECT INBOX.old")
+        other.cmd("DELETE INBOX.old")
+        client.cmd("DELETE INBOX.work")
+        client.send("x NOOP\r\n")
+        assert "* BYE" in client.ended()
 
 
 def test_append_keeps_bytes_flags_and_date(server, user):
@@ -2641,9 +2647,21 @@ def test_what_is_no_file_is_no_message(server, user):
     home = three_messages(server, user)
     (home / ".Work" / "cur" / "1.directory").mkdir()
     os.mkfifo(home / ".Work" / "new" / "2.fifo")
+    (home / ".Work" / "new" / "3.loop").symlink_to("3.loop")
+    (home / ".Work" / "new" / "4.dangling").symlink_to("nowhere")
     with Imap(server, user) as client:
         assert "* 3 EXISTS" in client.cmd("SELECT Work")
         assert len(client.cmd("FETCH 1:* BODY.PEEK[]")) == 4
+
+
+def test_a_maildir_of_1970_is_read_as_any_other(server, user):
+    home = three_messages(server, user)
+    for part in ("new", "cur"):
+        os.utime(home / ".Work" / part, (0, 0))
+    with Imap(server, user) as client:
+        assert "* 3 EXISTS" in client.cmd("SELECT Work")
+        deliver_by_hand(home / ".Work")
+        assert "* 4 EXISTS" in client.cmd("NOOP")
 
 
 def test_an_index_restored_from_a_backup_gives_no_uid_twice(server, user):
@@ -2670,14 +2688,41 @@ def test_an_index_restored_from_a_backup_gives_no_uid_twice(server, user):
     assert validity <= seen()[0]
 
 
+def test_a_backup_written_over_an_index_in_use_gives_no_uid_twice(server, user):
+    home = three_messages(server, user)
+    with Imap(server, user) as client:
+        before = client.cmd("SELECT Work")
+        index, copy = sqlite3.connect(home / "hibernate.sqlite3"), sqlite3.connect(":memory:")
+        index.backup(copy)
+        deliver_by_hand(home / ".Work")
+        assert "* 4 EXISTS" in client.cmd("NOOP")
+        client.cmd("STORE 4 +FLAGS (\\Deleted)")
+        client.cmd("EXPUNGE")
+        copy.backup(index)
+        index.close()
+        deliver_by_hand(home / ".Work")
+        client.send("x NOOP\r\n")
+        assert "* BYE" in client.ended()
+    with Imap(server, user) as client:
+        after = client.cmd("SELECT Work")
+        validity = [re.findall(r"UIDVALIDITY (\d+)", "".join(said))[0] for said in (before, after)]
+        assert int(validity[0]) < int(validity[1])
+
+
 @table("asleep", [True, False])
-def test_an_index_deleted_under_a_session_ends_it_and_the_next_is_right(server, user, asleep):
+@table("emptied", [True, False])
+def test_an_index_deleted_under_a_session_ends_it_and_the_next_is_right(
+    server, user, asleep, emptied
+):
     home = three_messages(server, user)
     with Imap(server, user) as client:
         before = [x for x in client.cmd("SELECT Work") if "UIDVALIDITY" in x]
         if asleep:
             falls_asleep(server, user)
-        (home / "hibernate.sqlite3").unlink()
+        if emptied:
+            (home / "hibernate.sqlite3").write_bytes(b"")
+        else:
+            (home / "hibernate.sqlite3").unlink()
         client.send("x FETCH 1 FLAGS\r\n")
         assert "* BYE" in client.ended()
     with Imap(server, user) as client:
@@ -2689,8 +2734,11 @@ def test_an_index_deleted_under_a_session_ends_it_and_the_next_is_right(server, 
 def test_what_is_missing_of_a_maildir_is_made_again(server, user, part):
     home = three_messages(server, user)
     with Imap(server, user) as client:
+        client.cmd("CREATE other")
         for folder in (home, home / ".Work"):
             shutil.rmtree(folder / part)
+        client.cmd("DELETE other")
+        client.cmd("CREATE another")
         client.cmd("SELECT INBOX")
         client.cmd("APPEND Work (\\Seen)", literal=message())
         assert f"* {1 if part == 'cur' else 4} EXISTS" in client.cmd("SELECT Work")
@@ -2707,6 +2755,43 @@ def test_what_fetch_computes_is_kept_and_told_again(server, user):
         client.cmd("STORE 2 +FLAGS.SILENT (\\Flagged)")
         assert client.cmd(f"FETCH 1:* {items}")[:-1] == said
         assert "Flagged" in client.cmd("FETCH 2 (FLAGS BODY)")[0]
+
+
+@table("command", ["COPY 1 other", "STATUS other (MESSAGES)"])
+def test_a_mailbox_deleted_while_another_is_selected_ends_no_session(
+    server, user, hibernate, command, monkeypatch
+):
+    def deleted_at_once(index, name, *missing):
+        box = by_name(index, name, *missing)
+        if name == "other":
+            index.delete_folder(name)
+        return box
+
+    by_name, session = hibernate.Index.by_name, hibernate.ImapSession()
+    session.home = session.user = str(three_messages(server, user))
+    monkeypatch.setattr(hibernate.Index, "by_name", deleted_at_once)
+    for line, answer in (("SELECT Work", b"x OK"), ("CREATE other", b"x OK"), (command, b"x NO")):
+        session.buffer += f"x {line}\r\n".encode()
+        assert answer in b"".join(session.resume()) and not session.ended, line
+    hibernate.open_index.cache_clear()
+
+
+def test_no_query_reads_the_messages_of_other_mailboxes(server, user, hibernate):
+    home, queries = three_messages(server, user), list[str]()
+    session = hibernate.ImapSession()
+    session.home = session.user = str(home)
+    index = session.index
+    index.db.set_trace_callback(queries.append)
+    for command in ("SELECT Work", "STATUS Work (MESSAGES RECENT UNSEEN)", "STORE 1 +FLAGS (x)",
+                    "FETCH 1 BODY", "COPY 1 INBOX", "STORE 2 FLAGS (\\Deleted)", "EXPUNGE"):
+        session.buffer += f"x {command}\r\n".encode()
+        assert b"x OK" in b"".join(session.resume()), command
+    index.db.set_trace_callback(None)
+    queries = [query for query in queries if query.startswith(("SELECT", "INSERT", "DELETE"))]
+    plans = [index.all(f"EXPLAIN QUERY PLAN {query}") for query in queries]
+    read = [row[3] for plan in plans for row in plan]
+    assert len(read) > 20 and not re.search("SCAN (message|parsed|expunged)", "\n".join(read))
+    hibernate.open_index.cache_clear()
 
 
 def test_two_workers_mutt_and_a_delivery_agent_share_a_mailbox_and_nothing_is_lost():
