@@ -88,6 +88,7 @@ from encodings.aliases import aliases
 from functools import cached_property, lru_cache, partial
 from logging.handlers import WatchedFileHandler
 from typing import Any, BinaryIO, NamedTuple, NoReturn
+from weakref import WeakValueDictionary
 
 __all__ = [
     "Ask", "Config", "ConfigError", "Master", "Move", "Pause", "Program", "Role", "Session",
@@ -3350,6 +3351,15 @@ def decoded_words(value: bytes) -> str:
     return ENCODED_WORD.sub(plain, re.sub(rb"\r\n[ \t]+", b" ", value)).decode("utf-8", "replace")
 
 
+@dataclass
+class Tree:
+    """What all parts of a message have in common. It holds none of them: a cycle would keep the
+    bytes in memory until the garbage collector comes, which may take a hundred messages."""
+
+    room: int = MAX_PARTS
+    numbered: WeakValueDictionary[Numbers, Message] = field(default_factory=WeakValueDictionary)
+
+
 class Message:
     """A message, or a part of one: its header from `start`, its body from `body` to `end`.
     All offsets are those with CRLF."""
@@ -3360,8 +3370,7 @@ class Message:
         if not parent:
             data = data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
         self.data, self.start, self.children = data, start, list[Message]()
-        self.parts: list[Message] = parent.parts if parent else []  # all of them, in order
-        self.numbered: dict[Numbers, Message] = parent.numbered if parent else {}
+        self.tree: Tree = parent.tree if parent else Tree()
         self.opened: tuple[bytes, ...] = parent.opened if parent else ()  # boundaries
         self.depth: int = parent.depth + 1 if parent else 1
         ends = (match.end() for match in HEADER_END.finditer(data, start) if match[0]
@@ -3383,19 +3392,25 @@ class Message:
         inside = parent is not None and parent.kind == "multipart"
         if not inside and not {b"mime-version", b"content-type"} & set(self.first):
             self.first = {}
-        self.parts.append(self)
-        self.numbered.setdefault(number, self)
+        self.tree.room -= 1
+        self.tree.numbered.setdefault(number, self)
         if self.kind != "multipart" and not (inside and self.kind == "message"):
             number += (1,)  # RFC 3501 6.4.5: what is not multipart has a part 1
-            self.numbered.setdefault(number, self)
+            self.tree.numbered.setdefault(number, self)
         self.number = number
         if parent:
             parent.children.append(self)
 
+    def parts(self) -> Iterator[Message]:
+        """This one and all below it, in order."""
+        yield self
+        for child in self.children:
+            yield from child.parts()
+
     def boundary(self, at: int) -> tuple[int, bytes | None]:
         """The next line that begins with an open boundary, and the longest such."""
         for match in DASHES.finditer(self.data, max(at - 1, 0)):
-            if self.data.startswith(self.opened, match.end()) and len(self.parts) < MAX_PARTS:
+            if self.data.startswith(self.opened, match.end()) and self.tree.room > 0:
                 fits = (text for text in self.opened if self.data.startswith(text, match.end()))
                 return match.end() - 2, max(fits, key=len)
         return len(self.data), None
@@ -3471,7 +3486,7 @@ class Message:
         """BODY[part.what (fields)]; None if there is no such part."""
         if part or what in ("", "TEXT"):
             self.after  # noqa: B018  has all parts been read
-        found = self.numbered.get(part)
+        found = self.tree.numbered.get(part)
         if found and part and what not in ("", "MIME"):
             found = found.children[0] if found.kind == "message" else None
         if not found:
@@ -3496,7 +3511,7 @@ class Message:
     def text(self, with_header: bool) -> str:
         """What BODY and TEXT search: the text parts; for TEXT the headers of all parts too."""
         found, _ = list[str](), self.after
-        for part in self.parts:
+        for part in self.parts():
             if with_header:
                 found.append(decoded_words(self.data[part.start:part.body]))
             if not part.children and part.media[0].lower() in (b"text", b"message"):

@@ -2480,6 +2480,20 @@ def test_a_large_message_is_streamed_while_others_are_served(server, user):
         assert slow.until("^x OK")[-2].endswith(")")
 
 
+def test_of_many_large_messages_one_at_a_time_is_in_memory():
+    with Server() as server, Imap(server, "alice") as client:
+        home = server.maildir("alice")
+        first = Path(home._path, "cur", "0.P1.example:2,")
+        first.write_bytes(message("large", "0123456789\r\n" * 400_000))
+        for number in range(1, 40):
+            os.link(first, first.with_name(f"{number}.P1.example:2,"))
+        client.cmd("SELECT INBOX")
+        [worker] = server.pids("imap")
+        before = proc_bytes(worker, "Rss")
+        assert len(client.cmd("FETCH 1:* BODY.PEEK[]<0.1>")) == 41
+        assert proc_bytes(worker, "Rss") - before < 40 * 2**20
+
+
 def test_what_is_no_file_is_no_message(server, user):
     home = three_messages(server, user)
     (home / ".Work" / "cur" / "1.directory").mkdir()
