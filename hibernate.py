@@ -3205,6 +3205,7 @@ open_index = lru_cache(INDEXES_OPEN)(Index)
 # ------------------------------------------------------------------------------------------------
 
 MAX_DEPTH, MAX_PARTS, MAX_BOUNDARY = 100, 10_000, 80  # a part beyond these stays opaque
+MAX_HEADERS = 2**20  # bytes of a mail's headers that are looked into, those of its parts included
 ATOM_CHAR, MIME = rb"[!#-'*+\-/-9=?A-Z^-~\x80-\xff]", rb"[!#-'*+\-.0-9A-Z^-~\x80-\xff]"
 QUOTED, DOTTED = rb'"(?:[^"\\]++|\\.)*+"', rb"(?:%b|\.)++" % ATOM_CHAR
 COMMENT = rb"\((?:[^()\\]++|\\.|\((?:[^()\\]++|\\.|\([^()]*+\))*+\))*+\)"  # nests three deep
@@ -3357,6 +3358,7 @@ class Tree:
     bytes in memory until the garbage collector comes, which may take a hundred messages."""
 
     room: int = MAX_PARTS
+    unread: int = MAX_HEADERS
     numbered: WeakValueDictionary[Numbers, Message] = field(default_factory=WeakValueDictionary)
 
 
@@ -3376,7 +3378,9 @@ class Message:
         ends = (match.end() for match in HEADER_END.finditer(data, start) if match[0]
                 or match.end() == len(data) or data.startswith(self.opened, match.end() + 2))
         self.body = self.end = next(ends)  # after the blank line, or at a boundary
-        self.fields = header_fields(data[start:self.body])
+        header = data[start:min(self.body, start + self.tree.unread)]
+        self.tree.unread -= len(header)
+        self.fields = header_fields(header)
         self.first = by_name(reversed(self.fields))
         digest = parent and parent.media[1].lower() == b"digest"
         usual = b"message/rfc822" if digest else b"text/plain"
@@ -3497,7 +3501,7 @@ class Message:
         if not what.startswith("HEADER.FIELDS"):
             return text
         names, exclude = {name.lower().encode() for name in fields}, what == "HEADER.FIELDS.NOT"
-        lines = re.findall(rb"(?!\r\n)[^\n]+\n?(?:[ \t][^\n]*\n?)*+", text)
+        lines = re.findall(rb"(?!\r\n)[^\n]+\n?(?:[ \t][^\n]*\n?)*+", text[:MAX_HEADERS])
         blank = not exclude or text == b"\r\n" or text.endswith(b"\r\n\r\n")
         return b"".join(line for line in lines if exclude != (
             line.partition(b":")[0].rstrip(b" \t").lower() in names)) + b"\r\n" * blank

@@ -2494,6 +2494,18 @@ def test_of_many_large_messages_one_at_a_time_is_in_memory():
         assert proc_bytes(worker, "Rss") - before < 40 * 2**20
 
 
+@table("start, unit", [("", "a:\n"), ("Content-Type: text/plain", "; a=b")])
+def test_a_header_of_any_size_takes_bounded_time_and_memory(server, user, start, unit):
+    repeated = f"MIME-Version: 1.0\n{start}" + unit * (16_000_000 // len(unit))
+    Path(server.maildir(user)._path, "cur", "1.P1.example:2,").write_text(repeated + "\n\nx\n")
+    with Imap(server, user) as client:
+        client.cmd("SELECT INBOX")
+        before = sum(proc_bytes(pid, "Rss") for pid in server.pids("imap"))
+        client.cmd("FETCH 1 (ENVELOPE BODYSTRUCTURE BODY.PEEK[HEADER.FIELDS (SUBJECT)])")
+        after = sum(proc_bytes(pid, "Rss") for pid in server.pids("imap"))
+        assert after - before < 220 * 2**20
+
+
 def test_what_is_no_file_is_no_message(server, user):
     home = three_messages(server, user)
     (home / ".Work" / "cur" / "1.directory").mkdir()
