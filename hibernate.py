@@ -3727,7 +3727,7 @@ class Parser:
     view: View  # what the sets of a SEARCH are about
 
     def __init__(self, text: bytes, at: int = 0) -> None:
-        self.text, self.at, self.keys, self.see = text, at, 0, False
+        self.text, self.at, self.keys, self.see, self.modseq_asked = text, at, 0, False, False
         while found := LITERAL.search(self.text, at):  # it becomes a quoted string
             end = found.end() + int(found[1])
             data = b'"%b"' % re.sub(rb'(["\\])', rb"\\\1", self.text[found.end() : end])
@@ -3809,11 +3809,11 @@ class Parser:
         return label, lambda m: m.literal((numbers, what.decode().upper(), tuple(fields)), some)
 
     def search(self) -> tuple[Test, bool]:
-        """The keys as one test, and whether MODSEQ may be among them."""
+        """The keys as one test, and whether MODSEQ is among them."""
         charset = self.astring().upper() if self.may(rb"(?i) CHARSET(?= )") else b"UTF-8"
         if charset not in (b"US-ASCII", b"UTF-8"):
             raise MailError("BADCHARSET (US-ASCII UTF-8)", "Unknown charset")
-        return every(self.several(Parser.key, rb"\Z"))[1], b"MODSEQ" in self.text.upper()
+        return every(self.several(Parser.key, rb"\Z"))[1], self.modseq_asked
 
     def key(self) -> Key:
         self.keys += 1
@@ -3824,6 +3824,7 @@ class Parser:
         name = "" if self.may(b"(?=%b%b)" % (GAP, SET)) else self.atom()
         if name not in SEARCH_KEYS:
             raise BadCommand(f"Unknown SEARCH key {name}")
+        self.modseq_asked |= name == "MODSEQ"
         cost, test, *kinds = SEARCH_KEYS[name]
         values = [kind(self) for kind in kinds]
         cost = max([cost, *(value[0] for value in values if isinstance(value, tuple))])

@@ -2391,6 +2391,7 @@ def test_what_the_auditors_tripped_over_is_answered_as_dovecot_does(server, user
         assert "$label" not in "".join(client.cmd("FETCH 1:* FLAGS"))  # one spelling: $Label
         client.cmd("STORE 1:* -FLAGS ($LABEL)")
         assert client.cmd("SEARCH KEYWORD $label")[0] == "* SEARCH"
+        assert "MODSEQ" not in client.cmd('SEARCH OR ALL SUBJECT "x modseq"')[0]
         client.cmd("RENAME x y")
         client.cmd("DELETE y")
         client.cmd("NOOP")
