@@ -2507,6 +2507,17 @@ def test_a_header_of_any_size_takes_bounded_time_and_memory(server, user, start,
         assert after - before < 220 * 2**20
 
 
+def test_a_list_pattern_that_takes_long_leaves_the_others_their_turns():
+    with Server() as server, Imap(server, "alice") as client, Imap(server, "bob") as other:
+        for number in range(400):
+            server.maildir("alice").add_folder("a" * 230 + str(number))
+        client.send('x LIST "" ' + "*a" * 115 + "b\r\n")
+        for _ in range(3):
+            other.cmd("NOOP")
+        assert client.silent()
+        assert client.line().startswith("x OK")
+
+
 def test_what_is_no_file_is_no_message(server, user):
     home = three_messages(server, user)
     (home / ".Work" / "cur" / "1.directory").mkdir()
