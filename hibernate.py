@@ -3372,6 +3372,7 @@ class Message:
         if not parent:
             data = data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
         self.data, self.start, self.children = data, start, list[Message]()
+        self.texts = dict[bool, str]()
         self.tree: Tree = parent.tree if parent else Tree()
         self.opened: tuple[bytes, ...] = parent.opened if parent else ()  # boundaries
         self.depth: int = parent.depth + 1 if parent else 1
@@ -3513,7 +3514,10 @@ class Message:
         return "\n".join(found) if found else None
 
     def text(self, with_header: bool) -> str:
-        """What BODY and TEXT search: the text parts; for TEXT the headers of all parts too."""
+        """What BODY and TEXT search: the text parts; for TEXT the headers of all parts too.
+        Folded and kept, as a SEARCH may have 250 such keys."""
+        if with_header in self.texts:
+            return self.texts[with_header]
         found, _ = list[str](), self.after
         for part in self.parts():
             if with_header:
@@ -3523,7 +3527,7 @@ class Message:
                 encoding = FIRST_WORD.findall(encoding)[0][0].lower()
                 charset = part.named.get(b"charset", b"")
                 found.append(decoded(self.data[part.body:part.end], encoding, charset))
-        return "\n".join(found)
+        return self.texts.setdefault(with_header, "\n".join(found).casefold())
 
     def sent_day(self) -> float:
         """The day as written in the Date field: the SENT keys disregard the time zone."""

@@ -2518,6 +2518,15 @@ def test_a_list_pattern_that_takes_long_leaves_the_others_their_turns():
         assert client.line().startswith("x OK")
 
 
+def test_a_search_decodes_a_text_once_however_many_keys_ask_for_it(hibernate, monkeypatch):
+    calls = []
+    monkeypatch.setattr(hibernate, "decoded", lambda *given: calls.append(given) or "Text")
+    mail = hibernate.Message(MULTIPART)
+    for _ in range(250):
+        assert "text" in mail.text(False) and "subject" in mail.text(True)
+    assert len(calls) < 10
+
+
 def test_what_is_no_file_is_no_message(server, user):
     home = three_messages(server, user)
     (home / ".Work" / "cur" / "1.directory").mkdir()
