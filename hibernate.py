@@ -4448,19 +4448,21 @@ class ImapSession(Session):
             self.view = None
 
     def walk(
-        self, view: View, uids: Sequence[int], recall: bool, see: bool, since: int = -1
+        self, view: View, uids: Sequence[int], items: Iterable[bytes], see: bool, since: int = -1
     ) -> Iterator[Candidate]:
-        """The messages that still exist, some looked up at a time; to `see` them sets \\Seen, of
-        few before they are sent; `recall` what is known of their text."""
+        """The messages that still exist, some looked up at a time, with what is known of the
+        `items`; to `see` them sets \\Seen, of few before they are sent."""
+        recall = PARSED.keys() & items
         size = BATCH_READ if see else BATCH
+        query = ("SELECT uid, item, value FROM parsed WHERE box = ? AND uid BETWEEN ? AND ? "
+                 f"AND item IN ({','.join('?' * len(recall))})")
         box = view.box()
         if (box.new, box.cur) != UNSETTLED:  # or each file that others renamed costs a listing
             with contextlib.suppress(sqlite3.OperationalError):
                 view.index.refresh(box)
         for at in range(0, len(uids), size):
             box, part = view.box(), uids[at : at + size]
-            query = "SELECT uid, item, value FROM parsed WHERE box = ? AND uid BETWEEN ? AND ?"
-            found = view.index.all(query, box.id, part[0], part[-1]) if recall else []
+            found = view.index.all(query, box.id, part[0], part[-1], *recall) if recall else []
             parsed = {(uid, item): value for uid, item, value in found}
             rows = view.index.rows(box.id, part)
             unseen = [row.uid for row in rows
@@ -4505,7 +4507,7 @@ class ImapSession(Session):
     def search(self, view: View, wanted: tuple[Test, bool]) -> Reply:
         test, modseqs = wanted
         found, highest = [""], 0
-        for message in self.walk(view, view.uids, True, False):
+        for message in self.walk(view, view.uids, [b"RFC822.SIZE"], False):
             with contextlib.suppress(Vanished):
                 if test(message):
                     found.append(str(message.row.uid if self.by_uid else message.number))
@@ -4518,8 +4520,8 @@ class ImapSession(Session):
         items, see, since = wanted
         uids, there = view.pick(ranges, self.by_uid), 0
         items = [UID] * self.by_uid + items + [MODSEQ] * (since >= 0)
-        recall = any(name in PARSED for name, _ in items)
-        for message in self.walk(view, uids, recall, see and not view.readonly, since):
+        names = [name for name, _ in items]
+        for message in self.walk(view, uids, names, see and not view.readonly, since):
             with contextlib.suppress(Vanished):
                 seen = [FLAGS] * (message.row.modseq in self.own)  # just now
                 new = message.row.modseq > since
