@@ -4284,7 +4284,8 @@ class ImapSession(Session):
             if text.strip().upper() != b"DONE":
                 raise BadCommand("Expected DONE")
             return "OK Idle completed."
-        self.running = Parser(bytes(text)).must(TAG, "tag")[0].decode()
+        found = Parser(bytes(text)).must(rb"(%b)(?: |\Z)" % TAG.pattern, "tag")
+        self.running = found[1].decode()
         while self.literal >= 0 and not APPEND.match(text):
             if len(text) + self.literal >= self.input_limit:
                 raise BadCommand("[TOOBIG] Literal too long")

@@ -2907,6 +2907,15 @@ def deliver_once(server, user):
         deliver_by_hand(server.home(user))
 
 
+@table("tag", ["x%y", "x\\", 'x"y', "x{1", "x\ty", "x" * 65, "x*", "x(y"])
+def test_a_tag_that_is_none_is_not_cut_into_one(server, tag):
+    for user in ("", "user98"):
+        with Imap(server, user) as client:
+            client.send(f"{tag} NOOP\r\n")
+            assert client.line() == "* BAD Invalid tag."
+            client.cmd("NOOP")
+
+
 @table("text", [b"\r\n", b"nonsense\r\n", b"\x00\xff\r\n", b"* OK\r\n", b") NOOP\r\n"])
 def test_a_line_without_a_tag_is_bad_before_and_after_log_in(server, text):
     for user in ("", "user98"):
