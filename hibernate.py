@@ -3507,11 +3507,16 @@ class Message:
         return b"".join(line for line in lines if exclude != (
             line.partition(b":")[0].rstrip(b" \t").lower() in names)) + b"\r\n" * blank
 
+    @cached_property
+    def header_texts(self) -> dict[bytes, str]:
+        """The decoded fields, those of one name a line each; once for all keys of a SEARCH."""
+        found = collections.defaultdict[bytes, list[str]](list)
+        for name, value in self.fields:
+            found[name].append(decoded_words(value))
+        return {name: "\n".join(texts) for name, texts in found.items()}
+
     def header_text(self, name: str) -> str | None:
-        """The decoded fields of this name, a line each; None if there are none."""
-        wanted = name.lower().encode()
-        found = [decoded_words(value) for key, value in self.fields if key == wanted]
-        return "\n".join(found) if found else None
+        return self.header_texts.get(name.lower().encode())
 
     def text(self, with_header: bool) -> str:
         """What BODY and TEXT search: the text parts; for TEXT the headers of all parts too.

@@ -2523,6 +2523,7 @@ def test_a_search_decodes_a_text_once_however_many_keys_ask_for_it(hibernate, mo
     monkeypatch.setattr(hibernate, "decoded", lambda *given: calls.append(given) or "Text")
     mail = hibernate.Message(MULTIPART)
     for _ in range(250):
+        assert mail.header_text("Subject") == "Text"
         assert "text" in mail.text(False) and "subject" in mail.text(True)
     assert len(calls) < 10
 
