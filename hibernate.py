@@ -3558,8 +3558,8 @@ BAD_LIMIT = 3  # bad commands in a row before log-in until BYE
 KEYS = 250  # of one SEARCH; if each is in another, Python's limit of 1000 calls is near
 BATCH, BATCH_READ = 500, 25  # messages at a time: by the index alone; reading their files
 
-TAG = re.compile(rb"[!#$&',\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]{1,64}")
-SLEEPER_INPUT = re.compile(rb"(DONE\r?\n)?(?:(%b) IDLE\r?\n)?" % TAG.pattern, re.I)
+TAG = rb"[!#$&',\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]{1,64}"
+SLEEPER_INPUT = re.compile(rb"(DONE\r?\n)?(?:(%b) IDLE\r?\n)?" % TAG, re.I)
 LITERAL = re.compile(rb"\{(\d{1,18})(\+?)\}\r?\n")
 GAP = rb"(?:(?<=\()| )"  # before an argument
 STRING = rb'"(?:[^"\\]|\\["\\])*+"'
@@ -3576,7 +3576,7 @@ ITEM = (
     rb"(?: (\(%b(?: %b)*\)))?\](?:<(\d{1,10})\.([1-9]\d{0,9})>)?|([A-Z0-9.]++)(?!\[))"
     % (ASTRING, ASTRING))
 
-APPEND = re.compile(rb"(?i)%b APPEND (?!\{\d+\+?\}\r?\n\Z)" % TAG.pattern)  # the message comes next
+APPEND = re.compile(rb"(?i)%b APPEND (?!\{\d+\+?\}\r?\n\Z)" % TAG)  # the message comes next
 STATUS = {  # each item in SQL, of mailbox LEFT JOIN message
     "MESSAGES": "count(uid)", "RECENT": "count(uid) FILTER (WHERE uid >= recent)",
     "UNSEEN": "count(uid) FILTER (WHERE flags NOT LIKE '%S%')", "UIDNEXT": "uidnext",
@@ -3735,20 +3735,21 @@ class Parser:
 
     view: View  # what the sets of a SEARCH are about
 
-    def __init__(self, text: bytes, at: int = 0) -> None:
-        self.text, self.at, self.keys, self.see, self.modseq_asked = text, at, 0, False, False
+    def __init__(self, text: bytes) -> None:
+        self.text, self.at, self.keys, self.see, self.modseq_asked = text, 0, 0, False, False
+        at = 0
         while found := LITERAL.search(self.text, at):  # it becomes a quoted string
             end = found.end() + int(found[1])
             data = b'"%b"' % re.sub(rb'(["\\])', rb"\\\1", self.text[found.end() : end])
             self.text = self.text[: found.start()] + data + self.text[end:]
             at = found.start() + len(data)
 
-    def may(self, pattern: bytes | re.Pattern[bytes]) -> re.Match[bytes] | None:
+    def may(self, pattern: bytes) -> re.Match[bytes] | None:
         found = re.compile(pattern).match(self.text, self.at)
         self.at = found.end() if found else self.at
         return found
 
-    def must(self, pattern: bytes | re.Pattern[bytes], what: str = "arguments") -> re.Match[bytes]:
+    def must(self, pattern: bytes, what: str = "arguments") -> re.Match[bytes]:
         if not (found := self.may(pattern)):
             raise BadCommand(f"Invalid {what}")
         return found
@@ -4135,7 +4136,7 @@ class ImapSession(Session):
 
     input_limit = LOGIN_INPUT + 1  # a command that fills it is too long
     watch_dirs = ("new", "cur")
-    tag_syntax = re.compile(TAG.pattern.decode())
+    tag_syntax = re.compile(TAG.decode())
     still_here = b"* OK Still here\r\n"
     view: View | None = None
     condstore = False
@@ -4289,7 +4290,7 @@ class ImapSession(Session):
             if text.strip().upper() != b"DONE":
                 raise BadCommand("Expected DONE")
             return "OK Idle completed."
-        found = Parser(bytes(text)).must(rb"(%b)(?: |\Z)" % TAG.pattern, "tag")
+        found = Parser(bytes(text)).must(rb"(%b)(?: |\Z)" % TAG, "tag")
         self.running = found[1].decode()
         while self.literal >= 0 and not APPEND.match(text):
             if len(text) + self.literal >= self.input_limit:
@@ -4299,7 +4300,7 @@ class ImapSession(Session):
         return (yield from self.execute(Parser(bytes(text))))
 
     def execute(self, parser: Parser) -> Step:
-        found = parser.must(rb"(?i)%b ((?:UID )?[A-Z]+)" % TAG.pattern, "command")
+        found = parser.must(rb"(?i)%b ((?:UID )?[A-Z]+)" % TAG, "command")
         name = found[1].decode().upper()
         state = ANY[bool(self.user) + bool(self.view)]
         command = self.commands.get(name)
