@@ -3556,7 +3556,7 @@ AFTER_LOGIN = " NAMESPACE CHILDREN UNSELECT UIDPLUS MOVE CONDSTORE"
 LOGIN_INPUT = 8 * 1024  # bytes of a command with its literals before log-in
 BAD_LIMIT = 3  # bad commands in a row before log-in until BYE
 KEYS = 250  # of one SEARCH; if each is in another, Python's limit of 1000 calls is near
-BATCH, BATCH_READ = 500, 25  # messages at a time: by the index alone; reading their files
+BATCH, BATCH_SEEN = 500, 25  # messages at a time; fewer if \Seen is set before they are sent
 
 TAG = rb"[!#$&',\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]{1,64}"
 SLEEPER_INPUT = re.compile(rb"(DONE\r?\n)?(?:(%b) IDLE\r?\n)?" % TAG, re.I)
@@ -4460,7 +4460,7 @@ class ImapSession(Session):
         """The messages that still exist, some looked up at a time, with what is known of the
         `items`; to `see` them sets \\Seen, of few before they are sent."""
         recall = PARSED.keys() & items
-        size = BATCH_READ if see else BATCH
+        size = BATCH_SEEN if see else BATCH
         query = ("SELECT uid, item, value FROM parsed WHERE box = ? AND uid BETWEEN ? AND ? "
                  f"AND item IN ({','.join('?' * len(recall))})")
         box = view.box()
