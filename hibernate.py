@@ -3726,7 +3726,10 @@ def split_flags(text: bytes) -> tuple[str, list[str]]:
     """(letters of system flags, keywords)"""
     names = text.strip(b"()").decode().split()
     letters = sorted({LETTERS[name.title()] for name in names if name[0] == "\\"})
-    return "".join(letters), [name[:100] for name in names if name[0] != "\\"]
+    keywords = [name for name in names if name[0] != "\\"]
+    if any(len(name) > 100 for name in keywords):  # cut, two would be one
+        raise MailError("LIMIT", "Keyword is too long")
+    return "".join(letters), keywords
 
 
 class Parser:
@@ -3765,7 +3768,7 @@ class Parser:
     mailbox = kind(ASTRING, mailbox_name)
     pattern = kind(LIST_PATTERN, mailbox_name)
     flags = kind(rb"\((?:%b)?\)|%b" % (FLAG_LIST, FLAG_LIST), split_flags, "flags")
-    keyword = kind(rb"\\?" + ATOM, lambda text: text.decode()[:100].lower())
+    keyword = kind(rb"\\?" + ATOM, lambda text: text.decode().lower())
     sought = kind(ASTRING, lambda text: string(text).decode(errors="replace").casefold())
     day = kind(rb'"?[\w-]+"?', lambda text: datetime.datetime.strptime(
         text.decode().strip('"'), "%d-%b-%Y").toordinal(), "date")

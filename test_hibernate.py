@@ -2378,6 +2378,8 @@ def test_what_the_auditors_tripped_over_is_answered_as_dovecot_does(server, user
         client.cmd("APPEND x ($Label)", literal=b"Subject: a\r\n\r\n")
         client.cmd("SELECT INBOX")
         client.cmd("STORE 1 FLAGS ($label)")
+        for text in ("STORE 1 +FLAGS (%s)", "APPEND INBOX (%s) {3+}\r\nabc"):
+            client.cmd(text % ("k" * 101), r"NO \[LIMIT\]")
         client.cmd("UID COPY 1 x")
         told = "".join(client.cmd("FETCH 1:3 MODSEQ"))
         highest = max(map(int, re.findall(r"MODSEQ \((\d+)", told)))
