@@ -87,6 +87,7 @@ from dataclasses import dataclass, field, fields
 from encodings.aliases import aliases
 from functools import cached_property, lru_cache, partial
 from typing import Any, BinaryIO, NamedTuple, NoReturn
+from weakref import WeakValueDictionary
 
 __all__ = [
     "Ask", "Config", "ConfigError", "Master", "Move", "Pause", "Program", "Role", "Session",
@@ -3248,6 +3249,7 @@ open_index = lru_cache(INDEXES_OPEN)(Index)
 # ------------------------------------------------------------------------------------------------
 
 MAX_DEPTH, MAX_PARTS, MAX_BOUNDARY = 100, 10_000, 80  # a part beyond these stays opaque
+MAX_HEADERS = 2**20  # bytes of a mail's headers that are looked into, those of its parts included
 ATOM_CHAR, MIME = rb"[!#-'*+\-/-9=?A-Z^-~\x80-\xff]", rb"[!#-'*+\-.0-9A-Z^-~\x80-\xff]"
 QUOTED, DOTTED = rb'"(?:[^"\\]++|\\.)*+"', rb"(?:%b|\.)++" % ATOM_CHAR
 COMMENT = rb"\((?:[^()\\]++|\\.|\((?:[^()\\]++|\\.|\([^()]*+\))*+\))*+\)"  # nests three deep
@@ -3394,6 +3396,16 @@ def decoded_words(value: bytes) -> str:
     return ENCODED_WORD.sub(plain, re.sub(rb"\r\n[ \t]+", b" ", value)).decode("utf-8", "replace")
 
 
+@dataclass
+class Tree:
+    """What all parts of a message have in common. It holds none of them: a cycle would keep the
+    bytes in memory until the garbage collector comes, which may take a hundred messages."""
+
+    room: int = MAX_PARTS
+    unread: int = MAX_HEADERS
+    numbered: WeakValueDictionary[Numbers, Message] = field(default_factory=WeakValueDictionary)
+
+
 class Message:
     """A message, or a part of one: its header from `start`, its body from `body` to `end`.
     All offsets are those with CRLF."""
@@ -3404,14 +3416,16 @@ class Message:
         if not parent:
             data = data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
         self.data, self.start, self.children = data, start, list[Message]()
-        self.parts: list[Message] = parent.parts if parent else []  # all of them, in order
-        self.numbered: dict[Numbers, Message] = parent.numbered if parent else {}
+        self.texts = dict[bool, str]()
+        self.tree: Tree = parent.tree if parent else Tree()
         self.opened: tuple[bytes, ...] = parent.opened if parent else ()  # boundaries
         self.depth: int = parent.depth + 1 if parent else 1
         ends = (match.end() for match in HEADER_END.finditer(data, start) if match[0]
                 or match.end() == len(data) or data.startswith(self.opened, match.end() + 2))
         self.body = self.end = next(ends)  # after the blank line, or at a boundary
-        self.fields = header_fields(data[start:self.body])
+        header = data[start:min(self.body, start + self.tree.unread)]
+        self.tree.unread -= len(header)
+        self.fields = header_fields(header)
         self.first = by_name(reversed(self.fields))
         digest = parent and parent.media[1].lower() == b"digest"
         usual = b"message/rfc822" if digest else b"text/plain"
@@ -3427,19 +3441,25 @@ class Message:
         inside = parent is not None and parent.kind == "multipart"
         if not inside and not {b"mime-version", b"content-type"} & set(self.first):
             self.first = {}
-        self.parts.append(self)
-        self.numbered.setdefault(number, self)
+        self.tree.room -= 1
+        self.tree.numbered.setdefault(number, self)
         if self.kind != "multipart" and not (inside and self.kind == "message"):
             number += (1,)  # RFC 3501 6.4.5: what is not multipart has a part 1
-            self.numbered.setdefault(number, self)
+            self.tree.numbered.setdefault(number, self)
         self.number = number
         if parent:
             parent.children.append(self)
 
+    def parts(self) -> Iterator[Message]:
+        """This one and all below it, in order."""
+        yield self
+        for child in self.children:
+            yield from child.parts()
+
     def boundary(self, at: int) -> tuple[int, bytes | None]:
         """The next line that begins with an open boundary, and the longest such."""
         for match in DASHES.finditer(self.data, max(at - 1, 0)):
-            if self.data.startswith(self.opened, match.end()) and len(self.parts) < MAX_PARTS:
+            if self.data.startswith(self.opened, match.end()) and self.tree.room > 0:
                 fits = (text for text in self.opened if self.data.startswith(text, match.end()))
                 return match.end() - 2, max(fits, key=len)
         return len(self.data), None
@@ -3515,7 +3535,7 @@ class Message:
         """BODY[part.what (fields)]; None if there is no such part."""
         if part or what in ("", "TEXT"):
             self.after  # noqa: B018  has all parts been read
-        found = self.numbered.get(part)
+        found = self.tree.numbered.get(part)
         if found and part and what not in ("", "MIME"):
             found = found.children[0] if found.kind == "message" else None
         if not found:
@@ -3526,21 +3546,29 @@ class Message:
         if not what.startswith("HEADER.FIELDS"):
             return text
         names, exclude = {name.lower().encode() for name in fields}, what == "HEADER.FIELDS.NOT"
-        lines = re.findall(rb"(?!\r\n)[^\n]+\n?(?:[ \t][^\n]*\n?)*+", text)
+        lines = re.findall(rb"(?!\r\n)[^\n]+\n?(?:[ \t][^\n]*\n?)*+", text[:MAX_HEADERS])
         blank = not exclude or text == b"\r\n" or text.endswith(b"\r\n\r\n")
         return b"".join(line for line in lines if exclude != (
             line.partition(b":")[0].rstrip(b" \t").lower() in names)) + b"\r\n" * blank
 
+    @cached_property
+    def header_texts(self) -> dict[bytes, str]:
+        """The decoded fields, those of one name a line each; once for all keys of a SEARCH."""
+        found = collections.defaultdict[bytes, list[str]](list)
+        for name, value in self.fields:
+            found[name].append(decoded_words(value))
+        return {name: "\n".join(texts) for name, texts in found.items()}
+
     def header_text(self, name: str) -> str | None:
-        """The decoded fields of this name, a line each; None if there are none."""
-        wanted = name.lower().encode()
-        found = [decoded_words(value) for key, value in self.fields if key == wanted]
-        return "\n".join(found) if found else None
+        return self.header_texts.get(name.lower().encode())
 
     def text(self, with_header: bool) -> str:
-        """What BODY and TEXT search: the text parts; for TEXT the headers of all parts too."""
+        """What BODY and TEXT search: the text parts; for TEXT the headers of all parts too.
+        Folded and kept, as a SEARCH may have 250 such keys."""
+        if with_header in self.texts:
+            return self.texts[with_header]
         found, _ = list[str](), self.after
-        for part in self.parts:
+        for part in self.parts():
             if with_header:
                 found.append(decoded_words(self.data[part.start:part.body]))
             if not part.children and part.media[0].lower() in (b"text", b"message"):
@@ -3548,7 +3576,7 @@ class Message:
                 encoding = FIRST_WORD.findall(encoding)[0][0].lower()
                 charset = part.named.get(b"charset", b"")
                 found.append(decoded(self.data[part.body:part.end], encoding, charset))
-        return "\n".join(found)
+        return self.texts.setdefault(with_header, "\n".join(found).casefold())
 
     def sent_day(self) -> float:
         """The day as written in the Date field: the SENT keys disregard the time zone."""
@@ -3572,10 +3600,10 @@ AFTER_LOGIN = " NAMESPACE CHILDREN UNSELECT UIDPLUS MOVE CONDSTORE"
 LOGIN_INPUT = 8 * 1024  # bytes of a command with its literals before log-in
 BAD_LIMIT = 3  # bad commands in a row before log-in until BYE
 KEYS = 250  # of one SEARCH; if each is in another, Python's limit of 1000 calls is near
-BATCH, BATCH_READ = 500, 25  # messages at a time: by the index alone; reading their files
+BATCH, BATCH_SEEN = 500, 25  # messages at a time; fewer if \Seen is set before they are sent
 
-TAG = re.compile(rb"[!#$&',\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]{1,64}")
-SLEEPER_INPUT = re.compile(rb"(DONE\r?\n)?(?:(%b) IDLE\r?\n)?" % TAG.pattern, re.I)
+TAG = rb"[!#$&',\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]{1,64}"
+SLEEPER_INPUT = re.compile(rb"(DONE\r?\n)?(?:(%b) IDLE\r?\n)?" % TAG, re.I)
 LITERAL = re.compile(rb"\{(\d{1,18})(\+?)\}\r?\n")
 GAP = rb"(?:(?<=\()| )"  # before an argument
 STRING = rb'"(?:[^"\\]|\\["\\])*+"'
@@ -3592,7 +3620,7 @@ ITEM = (
     rb"(?: (\(%b(?: %b)*\)))?\](?:<(\d{1,10})\.([1-9]\d{0,9})>)?|([A-Z0-9.]++)(?!\[))"
     % (ASTRING, ASTRING))
 
-APPEND = re.compile(rb"(?i)%b APPEND (?!\{\d+\+?\}\r?\n\Z)" % TAG.pattern)  # the message comes next
+APPEND = re.compile(rb"(?i)%b APPEND (?!\{\d+\+?\}\r?\n\Z)" % TAG)  # the message comes next
 STATUS = {  # each item in SQL, of mailbox LEFT JOIN message
     "MESSAGES": "count(uid)", "RECENT": "count(uid) FILTER (WHERE uid >= recent)",
     "UNSEEN": "count(uid) FILTER (WHERE flags NOT LIKE '%S%')", "UIDNEXT": "uidnext",
@@ -3742,7 +3770,10 @@ def split_flags(text: bytes) -> tuple[str, list[str]]:
     """(letters of system flags, keywords)"""
     names = text.strip(b"()").decode().split()
     letters = sorted({LETTERS[name.title()] for name in names if name[0] == "\\"})
-    return "".join(letters), [name[:100] for name in names if name[0] != "\\"]
+    keywords = [name for name in names if name[0] != "\\"]
+    if any(len(name) > 100 for name in keywords):  # cut, two would be one
+        raise MailError("LIMIT", "Keyword is too long")
+    return "".join(letters), keywords
 
 
 class Parser:
@@ -3751,20 +3782,21 @@ class Parser:
 
     view: View  # what the sets of a SEARCH are about
 
-    def __init__(self, text: bytes, at: int = 0) -> None:
-        self.text, self.at, self.keys, self.see = text, at, 0, False
+    def __init__(self, text: bytes) -> None:
+        self.text, self.at, self.keys, self.see, self.modseq_asked = text, 0, 0, False, False
+        at = 0
         while found := LITERAL.search(self.text, at):  # it becomes a quoted string
             end = found.end() + int(found[1])
             data = b'"%b"' % re.sub(rb'(["\\])', rb"\\\1", self.text[found.end() : end])
             self.text = self.text[: found.start()] + data + self.text[end:]
             at = found.start() + len(data)
 
-    def may(self, pattern: bytes | re.Pattern[bytes]) -> re.Match[bytes] | None:
+    def may(self, pattern: bytes) -> re.Match[bytes] | None:
         found = re.compile(pattern).match(self.text, self.at)
         self.at = found.end() if found else self.at
         return found
 
-    def must(self, pattern: bytes | re.Pattern[bytes], what: str = "arguments") -> re.Match[bytes]:
+    def must(self, pattern: bytes, what: str = "arguments") -> re.Match[bytes]:
         if not (found := self.may(pattern)):
             raise BadCommand(f"Invalid {what}")
         return found
@@ -3780,7 +3812,7 @@ class Parser:
     mailbox = kind(ASTRING, mailbox_name)
     pattern = kind(LIST_PATTERN, mailbox_name)
     flags = kind(rb"\((?:%b)?\)|%b" % (FLAG_LIST, FLAG_LIST), split_flags, "flags")
-    keyword = kind(rb"\\?" + ATOM, lambda text: text.decode()[:100].lower())
+    keyword = kind(rb"\\?" + ATOM, lambda text: text.decode().lower())
     sought = kind(ASTRING, lambda text: string(text).decode(errors="replace").casefold())
     day = kind(rb'"?[\w-]+"?', lambda text: datetime.datetime.strptime(
         text.decode().strip('"'), "%d-%b-%Y").toordinal(), "date")
@@ -3834,11 +3866,11 @@ class Parser:
         return label, lambda m: m.literal((numbers, what.decode().upper(), tuple(fields)), some)
 
     def search(self) -> tuple[Test, bool]:
-        """The keys as one test, and whether MODSEQ may be among them."""
+        """The keys as one test, and whether MODSEQ is among them."""
         charset = self.astring().upper() if self.may(rb"(?i) CHARSET(?= )") else b"UTF-8"
         if charset not in (b"US-ASCII", b"UTF-8"):
             raise MailError("BADCHARSET (US-ASCII UTF-8)", "Unknown charset")
-        return every(self.several(Parser.key, rb"\Z"))[1], b"MODSEQ" in self.text.upper()
+        return every(self.several(Parser.key, rb"\Z"))[1], self.modseq_asked
 
     def key(self) -> Key:
         self.keys += 1
@@ -3849,6 +3881,7 @@ class Parser:
         name = "" if self.may(b"(?=%b%b)" % (GAP, SET)) else self.atom()
         if name not in SEARCH_KEYS:
             raise BadCommand(f"Unknown SEARCH key {name}")
+        self.modseq_asked |= name == "MODSEQ"
         cost, test, *kinds = SEARCH_KEYS[name]
         values = [kind(self) for kind in kinds]
         cost = max([cost, *(value[0] for value in values if isinstance(value, tuple))])
@@ -4145,7 +4178,7 @@ class ImapSession(Session):
 
     input_limit = LOGIN_INPUT + 1  # a command that fills it is too long
     watch_dirs = ("new", "cur")
-    tag_syntax = re.compile(TAG.pattern.decode())
+    tag_syntax = re.compile(TAG.decode())
     still_here = b"* OK Still here\r\n"
     view: View | None = None
     condstore = False
@@ -4299,7 +4332,8 @@ class ImapSession(Session):
             if text.strip().upper() != b"DONE":
                 raise BadCommand("Expected DONE")
             return "OK Idle completed."
-        self.running = Parser(bytes(text)).must(TAG, "tag")[0].decode()
+        found = Parser(bytes(text)).must(rb"(%b)(?: |\Z)" % TAG, "tag")
+        self.running = found[1].decode()
         while self.literal >= 0 and not APPEND.match(text):
             if len(text) + self.literal >= self.input_limit:
                 raise BadCommand("[TOOBIG] Literal too long")
@@ -4308,7 +4342,7 @@ class ImapSession(Session):
         return (yield from self.execute(Parser(bytes(text))))
 
     def execute(self, parser: Parser) -> Step:
-        found = parser.must(rb"(?i)%b ((?:UID )?[A-Z]+)" % TAG.pattern, "command")
+        found = parser.must(rb"(?i)%b ((?:UID )?[A-Z]+)" % TAG, "command")
         name = found[1].decode().upper()
         state = ANY[bool(self.user) + bool(self.view)]
         command = self.commands.get(name)
@@ -4425,6 +4459,7 @@ class ImapSession(Session):
                 flags = [b"\\HasChildren" if name in parents else b"\\HasNoChildren"] * (not lsub)
                 flags = [b"\\Noselect"] * (name not in mailboxes) + flags
                 yield row % (command, b" ".join(flags), atom_or_quoted(name))
+            yield b""  # the others have a turn: a name takes up to 5 ms
 
     def status(self, name: str, items: list[str]) -> Reply:
         box = self.index.refresh(self.index.by_name(name))
@@ -4464,19 +4499,21 @@ class ImapSession(Session):
             self.view = None
 
     def walk(
-        self, view: View, uids: Sequence[int], recall: bool, see: bool, since: int = -1
+        self, view: View, uids: Sequence[int], items: Iterable[bytes], see: bool, since: int = -1
     ) -> Iterator[Candidate]:
-        """The messages that still exist, some looked up at a time; to `see` them sets \\Seen, of
-        few before they are sent; `recall` what is known of their text."""
-        size = BATCH_READ if see else BATCH
+        """The messages that still exist, some looked up at a time, with what is known of the
+        `items`; to `see` them sets \\Seen, of few before they are sent."""
+        recall = PARSED.keys() & items
+        size = BATCH_SEEN if see else BATCH
+        query = ("SELECT uid, item, value FROM parsed WHERE box = ? AND uid BETWEEN ? AND ? "
+                 f"AND item IN ({','.join('?' * len(recall))})")
         box = view.box()
         if (box.new, box.cur) != UNSETTLED:  # or each file that others renamed costs a listing
             with contextlib.suppress(sqlite3.OperationalError):
                 view.index.refresh(box)
         for at in range(0, len(uids), size):
             box, part = view.box(), uids[at : at + size]
-            query = "SELECT uid, item, value FROM parsed WHERE box = ? AND uid BETWEEN ? AND ?"
-            found = view.index.all(query, box.id, part[0], part[-1]) if recall else []
+            found = view.index.all(query, box.id, part[0], part[-1], *recall) if recall else []
             parsed = {(uid, item): value for uid, item, value in found}
             rows = view.index.rows(box.id, part)
             unseen = [row.uid for row in rows
@@ -4521,7 +4558,7 @@ class ImapSession(Session):
     def search(self, view: View, wanted: tuple[Test, bool]) -> Reply:
         test, modseqs = wanted
         found, highest = [""], 0
-        for message in self.walk(view, view.uids, True, False):
+        for message in self.walk(view, view.uids, [b"RFC822.SIZE"], False):
             with contextlib.suppress(Vanished):
                 if test(message):
                     found.append(str(message.row.uid if self.by_uid else message.number))
@@ -4534,8 +4571,8 @@ class ImapSession(Session):
         items, see, since = wanted
         uids, there = view.pick(ranges, self.by_uid), 0
         items = [UID] * self.by_uid + items + [MODSEQ] * (since >= 0)
-        recall = any(name in PARSED for name, _ in items)
-        for message in self.walk(view, uids, recall, see and not view.readonly, since):
+        names = [name for name, _ in items]
+        for message in self.walk(view, uids, names, see and not view.readonly, since):
             with contextlib.suppress(Vanished):
                 seen = [FLAGS] * (message.row.modseq in self.own)  # just now
                 new = message.row.modseq > since

@@ -2535,6 +2535,8 @@ def test_what_the_auditors_tripped_over_is_answered_as_dovecot_does(server, user
         client.cmd("APPEND x ($Label)", literal=b"Subject: a\r\n\r\n")
         client.cmd("SELECT INBOX")
         client.cmd("STORE 1 FLAGS ($label)")
+        for text in ("STORE 1 +FLAGS (%s)", "APPEND INBOX (%s) {3+}\r\nabc"):
+            client.cmd(text % ("k" * 101), r"NO \[LIMIT\]")
         client.cmd("UID COPY 1 x")
         told = "".join(client.cmd("FETCH 1:3 MODSEQ"))
         highest = max(map(int, re.findall(r"MODSEQ \((\d+)", told)))
@@ -2548,6 +2550,7 @@ def test_what_the_auditors_tripped_over_is_answered_as_dovecot_does(server, user
         assert "$label" not in "".join(client.cmd("FETCH 1:* FLAGS"))  # one spelling: $Label
         client.cmd("STORE 1:* -FLAGS ($LABEL)")
         assert client.cmd("SEARCH KEYWORD $label")[0] == "* SEARCH"
+        assert "MODSEQ" not in client.cmd('SEARCH OR ALL SUBJECT "x modseq"')[0]
         client.cmd("RENAME x y")
         client.cmd("DELETE y")
         client.cmd("NOOP")
@@ -2641,6 +2644,53 @@ def test_a_large_message_is_streamed_while_others_are_served(server, user):
             other.cmd("NOOP")
         assert all(proc_bytes(pid, "Rss") < 100 * 2**20 for pid in server.pids("imap"))
         assert slow.until("^x OK")[-2].endswith(")")
+
+
+def test_of_many_large_messages_one_at_a_time_is_in_memory():
+    with Server() as server, Imap(server, "alice") as client:
+        home = server.maildir("alice")
+        first = Path(home._path, "cur", "0.P1.example:2,")
+        first.write_bytes(message("large", "0123456789\r\n" * 400_000))
+        for number in range(1, 40):
+            os.link(first, first.with_name(f"{number}.P1.example:2,"))
+        client.cmd("SELECT INBOX")
+        [worker] = server.pids("imap")
+        before = proc_bytes(worker, "Rss")
+        assert len(client.cmd("FETCH 1:* BODY.PEEK[]<0.1>")) == 41
+        assert proc_bytes(worker, "Rss") - before < 40 * 2**20
+
+
+@table("start, unit", [("", "a:\n"), ("Content-Type: text/plain", "; a=b")])
+def test_a_header_of_any_size_takes_bounded_time_and_memory(server, user, start, unit):
+    repeated = f"MIME-Version: 1.0\n{start}" + unit * (16_000_000 // len(unit))
+    Path(server.maildir(user)._path, "cur", "1.P1.example:2,").write_text(repeated + "\n\nx\n")
+    with Imap(server, user) as client:
+        client.cmd("SELECT INBOX")
+        before = sum(proc_bytes(pid, "Rss") for pid in server.pids("imap"))
+        client.cmd("FETCH 1 (ENVELOPE BODYSTRUCTURE BODY.PEEK[HEADER.FIELDS (SUBJECT)])")
+        after = sum(proc_bytes(pid, "Rss") for pid in server.pids("imap"))
+        assert after - before < 220 * 2**20
+
+
+def test_a_list_pattern_that_takes_long_leaves_the_others_their_turns():
+    with Server() as server, Imap(server, "alice") as client, Imap(server, "bob") as other:
+        for number in range(400):
+            server.maildir("alice").add_folder("a" * 230 + str(number))
+        client.send('x LIST "" ' + "*a" * 115 + "b\r\n")
+        for _ in range(3):
+            other.cmd("NOOP")
+        assert client.silent()
+        assert client.line().startswith("x OK")
+
+
+def test_a_search_decodes_a_text_once_however_many_keys_ask_for_it(hibernate, monkeypatch):
+    calls = []
+    monkeypatch.setattr(hibernate, "decoded", lambda *given: calls.append(given) or "Text")
+    mail = hibernate.Message(MULTIPART)
+    for _ in range(250):
+        assert mail.header_text("Subject") == "Text"
+        assert "text" in mail.text(False) and "subject" in mail.text(True)
+    assert len(calls) < 10
 
 
 def test_what_is_no_file_is_no_message(server, user):
@@ -3166,6 +3216,15 @@ def test_a_malformed_command_is_bad_with_a_reason_and_the_session_goes_on(server
 def deliver_once(server, user):
     if not len(server.maildir(user)):
         deliver_by_hand(server.home(user))
+
+
+@table("tag", ["x%y", "x\\", 'x"y', "x{1", "x\ty", "x" * 65, "x*", "x(y"])
+def test_a_tag_that_is_none_is_not_cut_into_one(server, tag):
+    for user in ("", "user98"):
+        with Imap(server, user) as client:
+            client.send(f"{tag} NOOP\r\n")
+            assert client.line() == "* BAD Invalid tag."
+            client.cmd("NOOP")
 
 
 @table("text", [b"\r\n", b"nonsense\r\n", b"\x00\xff\r\n", b"* OK\r\n", b") NOOP\r\n"])
