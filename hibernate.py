@@ -1764,7 +1764,8 @@ class Keeper(Service):
 
     def __init__(self, master: Master, pool: Pool, slot: int) -> None:
         super().__init__(master, pool, slot)
-        count = min(file_limit(), self.limit + 4 * RESERVE)
+        # There are numbers beyond the slots: a twin has its log file there.
+        count = min(file_limit() - 8, self.limit + 4 * RESERVE)
         self.memory = mmap.mmap(-1, count * ctypes.sizeof(Slot))
         self.slots = (Slot * count).from_buffer(self.memory)
         self.held = 0
@@ -2126,8 +2127,12 @@ class Keeper(Service):
         os.dup2(theirs.fileno(), ours.fileno(), inheritable=False)
         theirs.close()
         self.loop.close()
-        for handler in log.handlers:
-            handler.close()  # its next line opens a log file anew, standard error stays open
+        for handler in (*log.handlers, *logging.root.handlers):
+            if isinstance(handler, logging.FileHandler) and (stream := handler.stream):
+                # The keeper may give this number to a session, once the file was rotated.
+                number = fcntl.fcntl(stream, fcntl.F_DUPFD_CLOEXEC, len(self.slots))
+                handler.setStream(open(number, "a", encoding=handler.encoding))
+                stream.close()
         kept = {0, 1, 2, ours.fileno(), self.channel.fileno(), self.inbox.fileno()}
         copies = bytearray(state in LIVING for state in self.slot_states())
         copies += bytes(len(self.slots) - len(copies))

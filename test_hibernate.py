@@ -1679,6 +1679,21 @@ def test_a_twin_killed_or_stopped_is_replaced_and_nobody_notices(number):
         all_hear_their_mail(server, clients, ["alice"], 1)
 
 
+def test_who_goes_on_for_a_killed_keeper_goes_on_with_its_log_file_over_a_rotation_too():
+    with Server("log_path = the.log", allow="SIGKILL") as server:
+        log = server.dir / "the.log"
+        clients = many(server, ["alice"] * 5)
+        eventually(lambda: server.held() == 5 and server.pids(TWIN))
+        [keeper] = server.pids("imap-hibernate")
+        os.kill(keeper, signal.SIGKILL)
+        eventually(lambda: "was killed; its twin goes on with 5" in log.read_text())
+        log.rename(f"{log}.1")
+        clients += many(server, ["bob"] * 5)
+        eventually(lambda: server.held() == 10)
+        assert re.search(r"imap-hibernate\[\d+\] INFO .* bob .* is here", log.read_text())
+        assert not server.log()
+
+
 @contextlib.contextmanager
 def false_inbox(server, service):
     """The test in place of all receivers of a service: yields accept(), a channel of a sender."""
