@@ -2030,10 +2030,16 @@ class Keeper(Service):
     def kept(self, fd: int, reason: str) -> None:
         """No worker took it in time, or one refused it for good: it can't go on."""
         if self.waking[fd] == "drain":  # the next generation has not the room for all to sleep
-            self.depart(fd, "room", self.role.wakes, self.config.orphan_timeout / 2)
+            self.waking[fd] = "room"
+            # Not from here: the time of all is up at once, and each would call the next.
+            self.loop.later(0, partial(self.seek_room, fd))
             return
         log.error("a sleeper could not be moved: %r", reason)
         self.end(fd, "Server is too busy, please log in again")
+
+    def seek_room(self, fd: int) -> None:
+        if self.waking.get(fd) == "room":
+            self.depart(fd, "room", self.role.wakes, self.config.orphan_timeout / 2)
 
     def end(self, fd: int, reason: str) -> None:
         with contextlib.suppress(OSError):

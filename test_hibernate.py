@@ -1921,11 +1921,11 @@ def test_a_killed_master_that_is_started_again_finds_all_its_sleepers():
 
 def test_a_killed_master_that_nobody_starts_again_leaves_bye_and_no_process():
     with Server("orphan_timeout = 1 s") as server:
-        sleeper, awake = Imap(server, "alice"), Imap(server, "bob")
-        falls_asleep(server, "alice")
+        sleepers, awake = many(server, ["alice"] * 300), Imap(server, "bob")
+        eventually(lambda: server.held() >= 300)
         awake.send("a SELECT INBOX\r\n")
         os.kill(server.process.pid, signal.SIGKILL)
-        for client in (sleeper, awake):
+        for client in (*sleepers, awake):
             assert "* BYE" in client.ended()
         eventually(lambda: not server.processes(), what=f"{server.processes()}")
         server.process.wait(PATIENCE)
