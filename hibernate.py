@@ -1301,7 +1301,7 @@ class Service:
         room = self.room()
         self.stretched = self.stretched and room <= 0
         accepts = not self.draining and time.monotonic() >= self.resume_at
-        spare = self.limit // 4 if self.stretched else 0
+        spare = max(1, self.limit // 4) if self.stretched else 0
         shed = spare > 0 and self.role.sheds
         for slot, sock in self.sockets():
             mine = slot in (-1, self.slot) or sock.fileno() in self.covered

@@ -1268,6 +1268,22 @@ def test_when_all_log_in_processes_are_full_the_oldest_that_has_not_tried_gives_
         assert limit_warnings(server)
 
 
+def test_limits_as_small_as_one_still_make_room_and_let_sleepers_wake():
+    one = "{\n client_limit = 1\n process_limit = 1\n}"
+    with Server(f"service imap-login {one}\nservice imap {one}") as server:
+        sleeper = Imap(server, "alice")
+        falls_asleep(server, "alice")
+        server.configuration.write_text(
+            server.configuration.read_text() + "imap_hibernate_timeout = 0\n")
+        assert server.run("reload").returncode == 0
+        eventually(lambda: server.held() == 1)
+        awake = Imap(server, "bob")
+        sleeper.cmd("NOOP")
+        idle, newcomer = Imap(server), Imap(server)
+        assert "* BYE Too many connections" in idle.ended() and newcomer.silent()
+        awake.cmd("NOOP")
+
+
 def test_with_reuse_port_full_log_in_processes_make_room_as_well():
     two = "process_limit = 2\n process_min_avail = 2"
     limits = f"service imap-login {{\n client_limit = 5\n {two}\n}}"
