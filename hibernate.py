@@ -1010,7 +1010,7 @@ class Client:
     def pump(self, value: Any = None) -> None:
         """Run the session until it waits for its client, the network or another process, or
         until it is the others' turn."""
-        if self.session.user:
+        if self.session.user or self.session.tag:
             self.rested = time.monotonic()
         dry = False
         for _ in range(BURST):
@@ -1078,6 +1078,8 @@ class Client:
             self.loop.watch(self.fd, READ * reads | WRITE * writes, self.ready)
             if dry and not self.output:
                 self.rest()
+            else:
+                self.clock()
 
     def fits(self) -> bool:
         """Into a record? In JSON a byte of input takes six at most. Else a later boundary has to
@@ -1140,23 +1142,24 @@ class Client:
             self.settle(True)
 
     def clock(self) -> None:
-        """At rest: do what is due, or set the timer for it. It may fire in vain: commands are
-        too many to set it anew after each."""
+        """Do what is due of one at rest, or of one that does not read; else set the timer for it,
+        which may fire in vain: commands are too many to set it anew after each."""
         session, role, config = self.session, self.service.role, self.session.config
         limit, ending = REST_TIME, "Autologout; idle for too long"
         if not session.user:
             limit = SPEAK_TIME if role.requests else config.login_timeout
             ending = "log-in took too long"
-        elif role.keeper and config.hibernate_timeout and session.movable() and not session.buffer:
+        elif (role.keeper and config.hibernate_timeout and session.movable()
+              and not session.buffer and not self.output):
             limit, ending = config.hibernate_timeout, ""
-        now = time.monotonic()
+        now, rests = time.monotonic(), self.at_rest()
         due = self.rested + limit
-        if due <= now and self.at_rest():
+        if due <= now and (rests or self.output):
             if not ending:
                 return self.depart(role.keeper, SLEEP_TIME)
-            if not session.tag:  # who listens is kept alive
+            if self.output or not session.tag:  # who listens, and reads, is kept alive
                 return self.close(ending, farewell=True)
-        if due <= now or not self.at_rest():
+        if due <= now or not rests:
             due = now + 1.0
         if self.timer and not now < self.timer.when <= due:
             self.timer.cancel()
@@ -1644,6 +1647,7 @@ class Report(Session):
     def __init__(self, service: Service, what: str, user: str) -> None:
         super().__init__()
         self.service, self.what, self.only = service, what, user
+        self.config = service.config
 
     def opened(self) -> Reply:
         service = self.service

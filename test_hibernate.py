@@ -2980,6 +2980,18 @@ def test_a_client_that_never_reads_costs_no_memory_and_harms_nobody():
         eventually(lambda: {row["user"] for row in server.who()} == {"bob"})
 
 
+@table("user", ["", "alice"])
+def test_a_client_that_never_reads_is_gone_when_its_time_is_up(user):
+    with PatchedServer("login_timeout = 1 s", patch="hibernate.REST_TIME = 1.0") as server:
+        silent = Imap(server, user)
+        silent.socket.settimeout(0.5)
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            while True:  # until no more fits into the buffers on the way
+                silent.send(b"a NOOP\r\nb CAPABILITY\r\n" * 1000)
+        eventually(lambda: not server.who(), 5)
+        silent.close()
+
+
 def test_a_user_name_that_leaves_its_folder_is_refused_even_with_a_passwd_entry():
     bad = ["../alice", "..", ".", "a/../b", "/etc", ".hidden", "a/b"]
     bad += ["%u", "a%", "x\x01", "", "a\0b"]
