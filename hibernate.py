@@ -938,6 +938,11 @@ class Watcher:
             self.loop.guarded(fd, self.stirred, fd)
 
 
+def directories(session: Session | type[Session], home: str, watch: Sequence[Any]) -> list[str]:
+    """The paths that it watches: below the folder that `watch` begins with, if it is not empty."""
+    return [os.path.join(home, watch[0], name) for name in session.watch_dirs if watch]
+
+
 def directory_time(path: str) -> int:
     """st_mtime_ns, 0 if it is not there."""
     try:
@@ -1102,13 +1107,18 @@ class Client:
 
     def listen(self) -> bool:
         """Watch while there is a tag. True: the session must look again, now that we watch."""
-        session, known = self.session, bool(self.watches)
+        session, watcher = self.session, self.service.watcher
         if not session.tag or not (watch := session.watch()):
             self.unlisten()
             return False
-        paths = [os.path.join(session.home, watch[0], name) for name in session.watch_dirs]
-        if not known:
-            self.watches = [self.service.watcher.add(path, self.fd) for path in paths]
+        paths = directories(session, session.home, watch)
+        # Each time: a directory that was removed and made again is another.
+        watches = [watcher.add(path, self.fd) for path in paths]
+        known = watches == self.watches
+        for number in {*self.watches} - {*watches}:
+            watcher.drop(number, self.fd)
+        self.watches = watches
+        if not self.beat:
             self.set_beat()
         return changed_since(paths, watch[1], 0 if known else YOUNG)
 
@@ -1834,14 +1844,11 @@ class Keeper(Service):
         self.copy(fd, number)
         return fd, state, number
 
-    def directories(self, state: State) -> list[str]:
-        names = self.role.session.watch_dirs if state.watch else ()
-        return [os.path.join(state.home, state.watch[0], name) for name in names]
-
     def listen(self, fd: int, state: State) -> bool:
         """Watch its directories. Arm first, then compare: False, and no watch, if they changed,
         or may have, before the watch was there."""
-        paths, watches = self.directories(state), self.slots[fd].watches
+        paths = directories(self.role.session, state.home, state.watch)
+        watches = self.slots[fd].watches
         for at, path in enumerate(paths):
             watches[at] = watches[at] or self.watcher.add(path, fd)
         if not paths or changed_since(paths, state.watch[1:], YOUNG):
@@ -1951,7 +1958,8 @@ class Keeper(Service):
             self.unlisten(fd)  # for arm() to find
         elif self.slots[fd].state == HELD and fd not in self.waking:
             state = self.slots[fd].known()
-            if changed_since(self.directories(state), state.watch[1:], 0):
+            paths = directories(self.role.session, state.home, state.watch)
+            if changed_since(paths, state.watch[1:], 0):
                 self.wake(fd, "mail")
 
     def take_turns(self) -> None:

@@ -1060,6 +1060,21 @@ def test_a_mailbox_that_vanishes_under_a_sleeper_ends_its_session(server, user, 
         assert "* BYE" in client.ended()
 
 
+@table("timeout", ["0", "50 msecs"])
+def test_a_directory_removed_and_made_again_is_watched_again(timeout):
+    with Server(f"imap_hibernate_timeout = {timeout}") as server, Imap(server, "alice") as client:
+        client.cmd("SELECT INBOX")
+        client.idle()
+        new = server.home("alice") / "new"
+        for number in range(3):
+            new.rename(new.with_name(f"old{number}"))
+            new.mkdir(exist_ok=True)
+            eventually(lambda: time.time_ns() - new.stat().st_mtime_ns > 10**8)
+            assert server.ask(b"status")  # by now the server has looked at it
+            deliver_by_hand(server.home("alice"))
+            client.until(r"^\* \d EXISTS$", 5)
+
+
 def test_mail_that_races_with_falling_asleep_is_always_heard():
     with Server("imap_hibernate_timeout = 1 msecs") as server, Imap(server, "alice") as client:
         client.cmd("SELECT INBOX")
