@@ -1837,7 +1837,9 @@ class Keeper(Service):
             beat=int(now + wait) % self.period, rest=int(now), text=text,
             received=record.received, sent=record.sent,
         )
+        self.make_bed(fd)
         if record.tag and not self.listen(fd, state):
+            self.unwatch(fd)
             raise ValueError("changed")
         slot.state = OFFERED
         self.slots[number].fill(state=CHANNEL, text=b"%d" % fd)
@@ -1871,11 +1873,17 @@ class Keeper(Service):
         self.tend(fd)
         self.arm(fd, state)
 
+    def make_bed(self, fd: int) -> None:
+        """Before "+": epoll(7) may refuse it, see max_user_watches. Until "!" it tells one event
+        at most."""
+        if self.beds:
+            self.beds.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
+
     def tend(self, fd: int) -> None:
         """A sleeper is ours from now on."""
         self.turns[self.slots[fd].beat].append(fd)
         if self.beds:
-            self.beds.register(fd, select.EPOLLIN)
+            self.beds.modify(fd, select.EPOLLIN)
         else:
             self.loop.watch(fd, READ, self.peeker)
 
@@ -1896,6 +1904,7 @@ class Keeper(Service):
     def abandon(self, held: Any, shutdown: bool = False) -> None:
         fd, _, number = held
         self.unlisten(fd)
+        self.unwatch(fd)
         self.slots[fd].state = self.slots[number].state = FREE
         if shutdown:
             end_socket(socket.socket(fileno=fd))
@@ -2218,6 +2227,8 @@ class Keeper(Service):
             self.channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             other.close()
         self.start(self.channel)
+        for fd in slots[HELD] + slots[OFFERED]:
+            self.make_bed(fd)
         for fd in slots[HELD]:  # who speaks is answered at once; to arm 10,000 takes a second
             self.tend(fd)
         self.arm_all(slots[HELD])
@@ -2232,6 +2243,7 @@ class Keeper(Service):
                 os.close(number)
         for fd in offered:
             self.slots[fd].state = FREE
+            self.unwatch(fd)
             os.close(fd)
         self.loop.run()
         self.end_twin()

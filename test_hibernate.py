@@ -2130,6 +2130,30 @@ def test_without_descriptors_sessions_stay_where_they_are_and_nobody_spins():
         assert waiting.line().startswith("* OK")
 
 
+NO_EPOLL = """
+class Full:
+    real = hibernate.select.epoll
+    def __init__(self):
+        self.real = self.real()
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+    def register(self, *arguments):
+        raise OSError(28, "no watch is left")
+hibernate.select.epoll = Full
+"""
+
+
+def test_a_keeper_that_epoll_refuses_a_sleeper_leaves_it_awake():
+    with PatchedServer(patch=NO_EPOLL) as server, Imap(server, "alice") as client:
+        client.cmd("SELECT INBOX")
+        tag = client.idle()
+        eventually(lambda: "stays awake" in server.log() and "was refused" in server.log())
+        client.done(tag)
+        client.idle()
+        deliver_by_hand(server.home("alice"))
+        client.until(r"^\* 1 EXISTS$")
+
+
 def cpu_of(pid):
     """Seconds of CPU that a process has used."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
