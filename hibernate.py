@@ -1727,10 +1727,11 @@ class Title:
 # watched: left armed it costs a whole core.
 # ------------------------------------------------------------------------------------------------
 
-# What a slot holds. GONE: "!" is about to be sent; OFFERED: it has not come yet, and CHANNEL is the
-# slot of the descriptor on which it will.
-FREE, HELD, GONE, OFFERED, CHANNEL = range(5)
-LIVING = (HELD, OFFERED, CHANNEL)
+# What a slot holds. GONE: "!" is about to be sent. OFFERED: it has not come yet, and CHANNEL is the
+# slot of the descriptor on which it will. Before, both are COPIED to the twin: what that has under
+# their numbers may be of their predecessors.
+FREE, HELD, GONE, OFFERED, CHANNEL, COPIED = range(6)
+LIVING = (HELD, OFFERED, CHANNEL, COPIED)
 TEXT_SIZE = 296
 SWEEP_TIME = 2.0  # seconds between two looks of a twin
 TWIN_TIME = 1000  # milliseconds that a keeper waits for a twin that does not read, at most
@@ -1841,9 +1842,10 @@ class Keeper(Service):
         if record.tag and not self.listen(fd, state):
             self.unwatch(fd)
             raise ValueError("changed")
-        slot.state = OFFERED
-        self.slots[number].fill(state=CHANNEL, text=b"%d" % fd)
+        slot.state = COPIED
+        self.slots[number].fill(state=COPIED, text=b"%d" % fd)
         self.copy(fd, number)
+        slot.state, self.slots[number].state = OFFERED, CHANNEL
         return fd, state, number
 
     def listen(self, fd: int, state: State) -> bool:
@@ -2241,7 +2243,7 @@ class Keeper(Service):
             else:  # the "!" was read, or the offer had come to nothing
                 self.slots[number].state = FREE
                 os.close(number)
-        for fd in offered:
+        for fd in (*offered, *slots[COPIED]):
             self.slots[fd].state = FREE
             self.unwatch(fd)
             os.close(fd)

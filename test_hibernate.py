@@ -1725,6 +1725,50 @@ def test_who_goes_on_for_a_killed_keeper_goes_on_with_its_log_file_over_a_rotati
         assert not server.log()
 
 
+KILLED_IN_COPY = """
+import os
+copy = hibernate.Keeper.copy
+hibernate.Keeper.copy = lambda self, *fds: (
+    os.path.exists("killed") and os.kill(os.getpid(), 9), copy(self, *fds))
+hibernate.SWEEP_TIME, hibernate.COMMIT_TIME = 100.0, 0.5
+"""
+
+
+def test_a_keeper_killed_before_its_twin_has_the_newcomer_touches_nobody_else(hibernate):
+    """What the twin has under the numbers of the newcomer and its channel are sessions that have
+    left since the last sweep: they are another's now."""
+    awake = "imap_hibernate_timeout = 0"
+    with PatchedServer(awake, patch=KILLED_IN_COPY, allow="killed|SIGKILL") as server:
+        server.maildir("alice")
+        senders = [Sender(server, hibernate, "imap-hibernate") for _ in range(2)]
+        for sender in senders:
+            sender.give(sender.record(answer=""))
+        for sender in senders:
+            sender.channel.send(b"!")
+        eventually(lambda: server.held() == 2)
+        eventually(lambda: server.pids(TWIN))
+        for sender in senders:
+            sender.theirs.close()
+            sender.client.settimeout(PATIENCE)
+            sender.client.send(b"x NOOP\r\n")
+            assert b"x OK" in sender.client.recv(4096)
+        eventually(lambda: server.held("imap") == 2 and not server.held())
+        late = []
+        for _ in range(3):
+            late.append(Sender(server, hibernate, "imap-hibernate"))
+            assert server.ask(b"status")  # by now it has accepted
+        (server.dir / "killed").touch()
+        with contextlib.suppress(ConnectionError):
+            assert not late[2].give(late[2].record(answer=""))
+        eventually(lambda: "twin goes on" in server.log())
+        select.select((), (), (), 1.0)  # COMMIT_TIME
+        for sender in senders:
+            sender.client.send(b"y NOOP\r\n")
+            assert b"y OK" in sender.client.recv(4096)
+        for sender in senders + late:
+            sender.close()
+
+
 @contextlib.contextmanager
 def false_inbox(server, service):
     """The test in place of all receivers of a service: yields accept(), a channel of a sender."""
