@@ -1835,7 +1835,7 @@ class Keeper(Service):
         now, wait = time.monotonic(), seconds_to_beat(self.period, state.remote, state.user)
         slot = self.slots[fd]
         slot.fill(
-            beat=int(now + wait) % self.period, rest=int(now), text=text,
+            beat=round(now + wait) % self.period, rest=int(now), text=text,
             received=record.received, sent=record.sent,
         )
         self.make_bed(fd)

@@ -914,6 +914,20 @@ def test_done_and_idle_in_one_packet_are_answered_asleep(server, user):
         client.until(r"^x21 OK")
 
 
+def test_who_falls_asleep_just_before_its_keepalive_still_gets_it(hibernate):
+    def waits(user):
+        return hibernate.seconds_to_beat(5, "127.0.0.1:1", user)
+
+    users = [f"u{n}" for n in range(30)]
+    with Server("imap_idle_notify_interval = 5 s", users=users) as server:
+        user = next(user for user in users if 1 < waits(user) <= 2)
+        eventually(lambda: waits(user) < 0.8)
+        [client] = many(server, [user])
+        falls_asleep(server, user)
+        client.until("Still here", 2.5)  # not five seconds later
+        client.close()
+
+
 def test_half_a_line_wakes_a_sleeper_and_the_rest_is_heard(server, user):
     with Imap(server, user) as client:
         client.cmd("SELECT INBOX")
