@@ -2020,7 +2020,8 @@ class Keeper(Service):
         if events:
             with Borrowed(fd) as sock, contextlib.suppress(OSError):
                 unread = bool(sock.recv(1, socket.MSG_PEEK))
-        if events and not unread:  # a half-close behind input is not the end yet
+        # A half-close behind input is not the end yet; a reset is.
+        if events and not unread or events & (select.POLLERR | select.POLLHUP):
             self.over(fd, "client closed the connection")
             return None
         if unread and self.waking[fd] == "mail":
@@ -2057,8 +2058,9 @@ class Keeper(Service):
             # Not from here: the time of all is up at once, and each would call the next.
             self.loop.later(0, partial(self.seek_room, fd))
             return
-        log.error("a sleeper could not be moved: %r", reason)
-        self.end(fd, "Server is too busy, please log in again")
+        if self.parcel(fd):  # else it was refused since its client had left
+            log.error("a sleeper could not be moved: %r", reason)
+            self.end(fd, "Server is too busy, please log in again")
 
     def seek_room(self, fd: int) -> None:
         if self.waking.get(fd) == "room":

@@ -1843,6 +1843,21 @@ def test_a_receiver_that_dies_at_any_step_leaves_the_session_to_its_sender(serve
             assert client.until("^x ")[-1].startswith("x OK")  # a second time would be a NO
 
 
+def test_a_sleeper_refused_since_its_client_has_left_is_no_error():
+    with Server() as server, Imap(server, "alice") as client:
+        falls_asleep(server, "alice")
+        with false_inbox(server, "imap") as accept:
+            client.send("x NOOP\r\n")
+            channel = accept()
+            linger = struct.pack("ii", 1, 0)  # close() sends a reset
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            client.close()
+            take(channel)
+            channel.send(b"-[Errno 107] Transport endpoint is not connected")
+            eventually(lambda: "ended: client closed the connection" in server.log())
+            channel.close()
+
+
 def test_a_receiver_that_dies_with_the_session_ends_it_for_its_client():
     quicker = PatchedServer(patch="hibernate.SWEEP_TIME = 0.2")  # until the twin closes its copy
     with quicker as server, Imap(server, "alice") as client:
