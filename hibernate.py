@@ -1739,7 +1739,8 @@ ARMED = 200  # sessions that a survivor watches for mail before the others have 
 
 
 class Slot(ctypes.Structure):
-    """A sleeper, in memory that the keeper and its twin share."""
+    """A sleeper, in memory that the keeper and its twin share. Field by field: an array to which
+    a Slot is assigned keeps 300 bytes for it for ever."""
 
     _fields_ = [
         ("state", ctypes.c_uint8),
@@ -1750,11 +1751,6 @@ class Slot(ctypes.Structure):
         ("sent", ctypes.c_uint64),
         ("text", ctypes.c_char * TEXT_SIZE),  # lines: the state as it came, its seal, the tag
     ]  # of a CHANNEL, `text` is the number of the descriptor that is offered on it
-
-    def fill(self, **fields: Any) -> None:
-        """In place: an array to which a Slot is assigned keeps 300 bytes for it for ever."""
-        for name, value in fields.items():
-            setattr(self, name, value)
 
     def lines(self) -> list[str]:
         """[state, seal, tag]; JSON has no line feed, and neither have the others."""
@@ -1833,19 +1829,17 @@ class Keeper(Service):
         os.set_blocking(fd, False)
         self.slots[0].beat = max(self.top, fd + 1, number + 1)
         now, wait = time.monotonic(), seconds_to_beat(self.period, state.remote, state.user)
-        slot = self.slots[fd]
-        slot.fill(
-            beat=round(now + wait) % self.period, rest=int(now), text=text,
-            received=record.received, sent=record.sent,
-        )
+        slot, waiting = self.slots[fd], self.slots[number]
+        slot.beat, slot.rest = round(now + wait) % self.period, int(now)
+        slot.text, slot.received, slot.sent = text, record.received, record.sent
         self.make_bed(fd)
         if record.tag and not self.listen(fd, state):
             self.unwatch(fd)
             raise ValueError("changed")
-        slot.state = COPIED
-        self.slots[number].fill(state=COPIED, text=b"%d" % fd)
+        waiting.text = b"%d" % fd
+        slot.state = waiting.state = COPIED
         self.copy(fd, number)
-        slot.state, self.slots[number].state = OFFERED, CHANNEL
+        slot.state, waiting.state = OFFERED, CHANNEL
         return fd, state, number
 
     def listen(self, fd: int, state: State) -> bool:
@@ -2093,22 +2087,18 @@ class Keeper(Service):
     def spawn_twin(self) -> None:
         if not self.config.hibernate_twin or self.draining or self.twin:
             return
-        with contextlib.ExitStack() as sockets:
-            try:
-                pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                ours, theirs = map(sockets.enter_context, pair)
-                context = multiprocessing.get_context("fork")
-                process = context.Process(
-                    target=self.guard, args=(ours, theirs), name=self.role.name)
-                process.start()
-            except OSError as error:
-                log.error("no twin: %s", error.strerror)
-                self.loop.later(THROTTLE[0], self.spawn_twin)
-            else:
-                sockets.pop_all()
-                theirs.close()
-                self.twin = process, Channel(self.loop, ours, self.twin_ended)
-                self.slots[0].rest = int(time.monotonic())  # the twin's last sweep
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            process = multiprocessing.get_context("fork").Process(
+                target=self.guard, args=(ours, theirs), name=self.role.name)
+            process.start()
+        except OSError as error:
+            log.error("no twin: %s", error.strerror)
+            self.loop.later(THROTTLE[0], self.spawn_twin)
+            return
+        theirs.close()
+        self.twin = process, Channel(self.loop, ours, self.twin_ended)
+        self.slots[0].rest = int(time.monotonic())  # the twin's last sweep
 
     def twin_ended(self, channel: Channel, message: bytes, fds: list[int]) -> None:
         close_all(fds)
