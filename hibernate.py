@@ -1622,9 +1622,9 @@ class Service:
         self.draining = True
         self.close_listeners()
         if self.inbox.fileno() >= 0:
-            self.invite(self.inbox.fileno(), READ)
             self.loop.unwatch(self.inbox.fileno())
-            end_socket(self.inbox)  # not only close(): in a twin's copy senders would wait
+            # Not only close(): in a twin's copy senders would wait. They try the next inbox.
+            end_socket(self.inbox)
         self.mover.moved_at = {"": time.monotonic()}
         self.await_heir()
         for fd, _ in self.states():
