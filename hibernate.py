@@ -884,8 +884,8 @@ class Watcher:
         if self.fd >= 0:
             loop.watch(self.fd, READ, self.readable)
 
-    def add(self, path: str, fd: int) -> int:
-        """Watch `path` for the session `fd`; the number returned is never 0."""
+    def add(self, path: str, fd: int, has: Iterable[int]) -> int:
+        """Watch `path` for the session `fd`, which `has` these numbers; a number is never 0."""
         number = self.fd
         if number >= 0:
             number = self.libc.inotify_add_watch(self.fd, os.fsencode(path), self.MASK)
@@ -896,10 +896,12 @@ class Watcher:
             if not self.polling:
                 self.loop.later(self.POLL, self.poll)
             self.warned = self.polling = True
+        if number in has:  # to look through all the sessions of a mailbox would take long
+            return number
         known = self.sessions.setdefault(number, fd)
-        if isinstance(known, array) and fd not in known:
+        if isinstance(known, array):
             known.append(fd)
-        elif isinstance(known, int) and known != fd:
+        elif known != fd:
             self.sessions[number] = array("i", (known, fd))
         return number
 
@@ -1111,7 +1113,9 @@ class Client:
             return False
         paths = directories(session, session.home, watch)
         # Each time: a directory that was removed and made again is another.
-        watches = [watcher.add(path, self.fd) for path in paths]
+        watches: list[int] = []
+        for path in paths:
+            watches.append(watcher.add(path, self.fd, self.watches + watches))
         known = watches == self.watches
         for number in {*self.watches} - {*watches}:
             watcher.drop(number, self.fd)
@@ -1839,7 +1843,7 @@ class Keeper(Service):
         paths = directories(self.role.session, state.home, state.watch)
         watches = self.slots[fd].watches
         for at, path in enumerate(paths):
-            watches[at] = watches[at] or self.watcher.add(path, fd)
+            watches[at] = watches[at] or self.watcher.add(path, fd, watches)
         if not paths or changed_since(paths, state.watch[1:], YOUNG):
             self.unlisten(fd)
             return False
