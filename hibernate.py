@@ -1786,7 +1786,7 @@ class Keeper(Service):
         super().start(channel)
         self.channel = channel
         self.waking: dict[int, str] = {}  # and why
-        self.turns = [array("i") for _ in range(self.period)]
+        self.turns: dict[int, array[int]] = collections.defaultdict(partial(array, "i"))
         self.turned = int(time.monotonic())
         self.beds = select.epoll()  # a key of selectors has 150 bytes
         self.loop.watch(self.beds.fileno(), READ, self.peek_all)
@@ -1962,11 +1962,12 @@ class Keeper(Service):
         now = int(time.monotonic())
         for second in range(max(self.turned, now - self.period) + 1, now + 1):
             at = second % self.period
-            fds = [fd for fd in set(self.turns[at]) if self.slots[fd].state == HELD]
-            self.turns[at] = array("i", (fd for fd in fds if self.slots[fd].beat == at))
-            for fd in self.turns[at]:
-                if fd not in self.waking:
-                    self.take_turn(fd, self.slots[fd])
+            for fd in set(self.turns.pop(at, ())):
+                slot = self.slots[fd]
+                if slot.state == HELD and slot.beat == at:
+                    self.turns[at].append(fd)
+                    if fd not in self.waking:
+                        self.take_turn(fd, slot)
         self.turned = now
         if self.twin and now - self.slots[0].rest > 5 * SWEEP_TIME:  # stopped
             self.end_twin()

@@ -928,6 +928,15 @@ def test_who_falls_asleep_just_before_its_keepalive_still_gets_it(hibernate):
         client.close()
 
 
+def test_a_long_interval_of_keepalives_costs_no_memory():
+    with Server("imap_idle_notify_interval = 30 days") as server, Imap(server, "alice") as client:
+        client.cmd("SELECT INBOX")
+        tag = client.idle()
+        falls_asleep(server, "alice")
+        assert proc_bytes(server.pids("imap-hibernate")[0], "Anonymous") < 100 * 2**20
+        client.done(tag)
+
+
 def test_half_a_line_wakes_a_sleeper_and_the_rest_is_heard(server, user):
     with Imap(server, user) as client:
         client.cmd("SELECT INBOX")
