@@ -1296,11 +1296,11 @@ class Service:
         if any(slot >= 0 for slot, _ in self.sockets()):
             self.cover()
         self.master: Channel | None = Channel(self.loop, channel, self.word)
-        self.update()
 
     def run(self, channel: socket.socket) -> None:
         """Serve until told to stop, or until the last session has left after a drain."""
         self.start(channel)
+        self.update()  # the first report: only now can it serve
         self.loop.run()
 
     # Who accepts
@@ -2228,6 +2228,7 @@ class Keeper(Service):
             self.slots[fd].state = FREE
             self.unwatch(fd)
             os.close(fd)
+        self.update()
         self.loop.run()
         self.end_twin()
 

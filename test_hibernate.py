@@ -2258,6 +2258,14 @@ def test_a_service_whose_processes_die_at_their_start_is_throttled_and_the_other
         sleeper.cmd("NOOP")
 
 
+def test_a_keeper_that_fails_as_it_starts_is_throttled_too():
+    broken, allow = "hibernate.Keeper.spawn_twin = None", "Traceback|TypeError|status 1|no new"
+    with PatchedServer(patch=broken, allow=allow) as server, Imap(server, "alice") as client:
+        eventually(lambda: "no new process for 4 s" in server.log())
+        assert server.log().count("status 1") == 2
+        client.cmd("NOOP")
+
+
 def test_an_overflow_of_the_event_queue_is_noticed():
     limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     with Server() as server, Imap(server, "alice") as client:
