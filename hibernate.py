@@ -1102,7 +1102,9 @@ class Client:
             self.depart(self.service.role.name, self.session.config.orphan_timeout)
         else:
             if self.listen():  # not at once, but when times that are young have settled
-                self.loop.later(1.25 * YOUNG / 1e9, self.look)
+                spent = time.monotonic() - self.rested  # if the last look took long, later
+                wait = max(1.25 * YOUNG / 1e9, min(9 * spent, Watcher.POLL))
+                self.loop.later(wait, self.look)
             self.clock()
 
     def listen(self) -> bool:

@@ -2616,6 +2616,25 @@ def test_two_sessions_of_one_mailbox_see_each_other_in_order(server, user):
         assert len(list((home / ".Work" / "cur").iterdir())) == 1
 
 
+def test_who_listens_to_a_mailbox_whose_index_is_busy_does_not_hold_up_the_others():
+    with Server("imap_hibernate_timeout = 0") as server:
+        clients, other = many(server, ["alice"] * 3), Imap(server, "bob")
+        index = sqlite3.connect(
+            server.home("alice") / "hibernate.sqlite3", isolation_level=None)
+        index.execute("BEGIN IMMEDIATE")
+        deliver_by_hand(server.home("alice"))
+        start, count = time.monotonic(), 0
+        while time.monotonic() < start + 3:
+            other.cmd("NOOP")
+            count += 1
+        index.execute("ROLLBACK")
+        index.close()
+        for client in clients:
+            client.until(r"^\* 1 EXISTS$")
+            client.close()
+        assert count > 100
+
+
 def test_pythons_imaplib_is_served(server, user):
     server.maildir(user).add(message("for imaplib"))
     with imaplib.IMAP4("127.0.0.1", server.port, timeout=PATIENCE) as client:
