@@ -1965,17 +1965,18 @@ class Keeper(Service):
         for second in range(max(self.turned, now - self.period) + 1, now + 1):
             at = second % self.period
             for fd in set(self.turns.pop(at, ())):
-                slot = self.slots[fd]
-                if slot.state == HELD and slot.beat == at:
+                if self.slots[fd].state == HELD and self.slots[fd].beat == at:
                     self.turns[at].append(fd)
-                    if fd not in self.waking:
-                        self.take_turn(fd, slot)
+                    self.loop.guarded(fd, self.take_turn, fd)
         self.turned = now
         if self.twin and now - self.slots[0].rest > 5 * SWEEP_TIME:  # stopped
             self.end_twin()
             self.spawn_twin()
 
-    def take_turn(self, fd: int, slot: Slot) -> None:
+    def take_turn(self, fd: int) -> None:
+        if fd in self.waking:
+            return
+        slot = self.slots[fd]
         if slot.tag() and self.config.idle_notify_interval:
             self.say(fd, self.role.session.still_here)
         elif not slot.tag() and time.monotonic() - slot.rest > REST_TIME:

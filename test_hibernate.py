@@ -928,6 +928,23 @@ def test_who_falls_asleep_just_before_its_keepalive_still_gets_it(hibernate):
         client.close()
 
 
+def test_a_bug_in_the_keepalive_of_one_sleeper_costs_only_that_one():
+    broken = (
+        "turn = hibernate.Keeper.take_turn\n"
+        "hibernate.Keeper.take_turn = lambda self, fd, *slot: turn(self, fd, *slot) "
+        "if self.slots[fd].known().user != 'bob' else 1 / 0"
+    )
+    settings = "imap_idle_notify_interval = 1 s"
+    with PatchedServer(settings, broken, allow="Traceback|Zero|costs one") as server:
+        clients = many(server, ["alice"] * 5 + ["bob"] + ["alice"] * 5)
+        for client in clients[:5] + clients[6:]:
+            client.until("Still here")
+            client.until("Still here")
+            client.close()
+        assert "* BYE Internal error" in clients[5].ended()
+        assert server.log().count("Traceback") == 1
+
+
 def test_a_long_interval_of_keepalives_costs_no_memory():
     with Server("imap_idle_notify_interval = 30 days") as server, Imap(server, "alice") as client:
         client.cmd("SELECT INBOX")
