@@ -883,14 +883,12 @@ class Watcher:
         self.sessions: dict[int, int | array[int]] = {}  # sets would take 216 or 728 bytes each
         self.polling = self.warned = False
         self.libc = ctypes.CDLL(None, use_errno=True)
-        self.fd = -1
-        with contextlib.suppress(AttributeError):
-            self.fd = self.libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.fd: int = self.libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         if self.fd >= 0:
             loop.watch(self.fd, READ, self.readable)
 
-    def add(self, path: str, fd: int) -> int:
-        """Watch `path` for the session `fd`; the number returned is never 0."""
+    def add(self, path: str, fd: int, has: Iterable[int]) -> int:
+        """Watch `path` for the session `fd`, which `has` these numbers; a number is never 0."""
         number = self.fd
         if number >= 0:
             number = self.libc.inotify_add_watch(self.fd, os.fsencode(path), self.MASK)
@@ -901,10 +899,12 @@ class Watcher:
             if not self.polling:
                 self.loop.later(self.POLL, self.poll)
             self.warned = self.polling = True
+        if number in has:  # to look through all the sessions of a mailbox would take long
+            return number
         known = self.sessions.setdefault(number, fd)
-        if isinstance(known, array) and fd not in known:
+        if isinstance(known, array):
             known.append(fd)
-        elif isinstance(known, int) and known != fd:
+        elif known != fd:
             self.sessions[number] = array("i", (known, fd))
         return number
 
@@ -939,6 +939,11 @@ class Watcher:
         known = self.sessions.get(number, array("i"))
         for fd in [known] if isinstance(known, int) else list(known):
             self.loop.guarded(fd, self.stirred, fd)
+
+
+def directories(session: Session | type[Session], home: str, watch: Sequence[Any]) -> list[str]:
+    """The paths that it watches: below the folder that `watch` begins with, if it is not empty."""
+    return [os.path.join(home, watch[0], name) for name in session.watch_dirs if watch]
 
 
 def directory_time(path: str) -> int:
@@ -1013,7 +1018,7 @@ class Client:
     def pump(self, value: Any = None) -> None:
         """Run the session until it waits for its client, the network or another process, or
         until it is the others' turn."""
-        if self.session.user:
+        if self.session.user or self.session.tag:
             self.rested = time.monotonic()
         dry = False
         for _ in range(BURST):
@@ -1081,6 +1086,8 @@ class Client:
             self.loop.watch(self.fd, READ * reads | WRITE * writes, self.ready)
             if dry and not self.output:
                 self.rest()
+            else:
+                self.clock()
 
     def fits(self) -> bool:
         """Into a record? In JSON a byte of input takes six at most. Else a later boundary has to
@@ -1098,18 +1105,27 @@ class Client:
             self.depart(self.service.role.name, self.session.config.orphan_timeout)
         else:
             if self.listen():  # not at once, but when times that are young have settled
-                self.loop.later(1.25 * YOUNG / 1e9, self.look)
+                spent = time.monotonic() - self.rested  # if the last look took long, later
+                wait = max(1.25 * YOUNG / 1e9, min(9 * spent, Watcher.POLL))
+                self.loop.later(wait, self.look)
             self.clock()
 
     def listen(self) -> bool:
         """Watch while there is a tag. True: the session must look again, now that we watch."""
-        session, known = self.session, bool(self.watches)
+        session, watcher = self.session, self.service.watcher
         if not session.tag or not (watch := session.watch()):
             self.unlisten()
             return False
-        paths = [os.path.join(session.home, watch[0], name) for name in session.watch_dirs]
-        if not known:
-            self.watches = [self.service.watcher.add(path, self.fd) for path in paths]
+        paths = directories(session, session.home, watch)
+        # Each time: a directory that was removed and made again is another.
+        watches: list[int] = []
+        for path in paths:
+            watches.append(watcher.add(path, self.fd, self.watches + watches))
+        known = watches == self.watches
+        for number in {*self.watches} - {*watches}:
+            watcher.drop(number, self.fd)
+        self.watches = watches
+        if not self.beat:
             self.set_beat()
         return changed_since(paths, watch[1], 0 if known else YOUNG)
 
@@ -1143,23 +1159,24 @@ class Client:
             self.settle(True)
 
     def clock(self) -> None:
-        """At rest: do what is due, or set the timer for it. It may fire in vain: commands are
-        too many to set it anew after each."""
+        """Do what is due of one at rest, or of one that does not read; else set the timer for it,
+        which may fire in vain: commands are too many to set it anew after each."""
         session, role, config = self.session, self.service.role, self.session.config
         limit, ending = REST_TIME, "Autologout; idle for too long"
         if not session.user:
             limit = SPEAK_TIME if role.requests else config.login_timeout
             ending = "log-in took too long"
-        elif role.keeper and config.hibernate_timeout and session.movable() and not session.buffer:
+        elif (role.keeper and config.hibernate_timeout and session.movable()
+              and not session.buffer and not self.output):
             limit, ending = config.hibernate_timeout, ""
-        now = time.monotonic()
+        now, rests = time.monotonic(), self.at_rest()
         due = self.rested + limit
-        if due <= now and self.at_rest():
+        if due <= now and (rests or self.output):
             if not ending:
                 return self.depart(role.keeper, SLEEP_TIME)
-            if not session.tag:  # who listens is kept alive
+            if self.output or not session.tag:  # who listens, and reads, is kept alive
                 return self.close(ending, farewell=True)
-        if due <= now or not self.at_rest():
+        if due <= now or not rests:
             due = now + 1.0
         if self.timer and not now < self.timer.when <= due:
             self.timer.cancel()
@@ -1284,11 +1301,11 @@ class Service:
         if any(slot >= 0 for slot, _ in self.sockets()):
             self.cover()
         self.master: Channel | None = Channel(self.loop, channel, self.word)
-        self.update()
 
     def run(self, channel: socket.socket) -> None:
         """Serve until told to stop, or until the last session has left after a drain."""
         self.start(channel)
+        self.update()  # the first report: only now can it serve
         self.loop.run()
 
     # Who accepts
@@ -1304,7 +1321,7 @@ class Service:
         room = self.room()
         self.stretched = self.stretched and room <= 0
         accepts = not self.draining and time.monotonic() >= self.resume_at
-        spare = self.limit // 4 if self.stretched else 0
+        spare = max(1, self.limit // 4) if self.stretched else 0
         shed = spare > 0 and self.role.sheds
         for slot, sock in self.sockets():
             mine = slot in (-1, self.slot) or sock.fileno() in self.covered
@@ -1427,8 +1444,6 @@ class Service:
 
     def trusts(self, sock: socket.socket) -> bool:
         """Is the peer one of our processes? The kernel knows its user: SO_PEERCRED, unix(7)."""
-        if not hasattr(socket, "SO_PEERCRED"):
-            return True  # elsewhere the mode of base_dir is the only guard
         uid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
         if uid not in self.peers:
             log.warning("a process of user %d was turned away", uid)
@@ -1616,9 +1631,9 @@ class Service:
         self.draining = True
         self.close_listeners()
         if self.inbox.fileno() >= 0:
-            self.invite(self.inbox.fileno(), READ)
             self.loop.unwatch(self.inbox.fileno())
-            end_socket(self.inbox)  # not only close(): in a twin's copy senders would wait
+            # Not only close(): in a twin's copy senders would wait. They try the next inbox.
+            end_socket(self.inbox)
         self.mover.moved_at = {"": time.monotonic()}
         self.await_heir()
         for fd, _ in self.states():
@@ -1647,6 +1662,7 @@ class Report(Session):
     def __init__(self, service: Service, what: str, user: str) -> None:
         super().__init__()
         self.service, self.what, self.only = service, what, user
+        self.config = service.config
 
     def opened(self) -> Reply:
         service = self.service
@@ -1679,8 +1695,7 @@ def sealing_key(base_dir: str) -> bytes:
 
 def drop_privileges(settings: Section) -> None:
     """Become the service's user for good, if root; gain no rights by an exec. prctl(2)"""
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     if os.getuid() == 0 and (settings.user or settings.group):
         account = pwd.getpwnam(settings.user or "root")
         group = grp.getgrnam(settings.group).gr_gid if settings.group else account.pw_gid
@@ -1694,9 +1709,9 @@ class Title:
 
     def __init__(self, text: str) -> None:
         self.start = self.size = 0
-        with contextlib.suppress(OSError):
-            with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
-                fields = file.read().rpartition(")")[2].split()
+        path = "/proc/self/stat"
+        with contextlib.suppress(OSError), open(path, encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
             self.start, self.size = int(fields[45]), int(fields[46]) - int(fields[45])
         self.set(text)
 
@@ -1716,10 +1731,11 @@ class Title:
 # watched: left armed it costs a whole core.
 # ------------------------------------------------------------------------------------------------
 
-# What a slot holds. GONE: "!" is about to be sent; OFFERED: it has not come yet, and CHANNEL is the
-# slot of the descriptor on which it will.
-FREE, HELD, GONE, OFFERED, CHANNEL = range(5)
-LIVING = (HELD, OFFERED, CHANNEL)
+# What a slot holds. GONE: "!" is about to be sent. OFFERED: it has not come yet, and CHANNEL is the
+# slot of the descriptor on which it will. Before, both are COPIED to the twin: what that has under
+# their numbers may be of their predecessors.
+FREE, HELD, GONE, OFFERED, CHANNEL, COPIED = range(6)
+LIVING = (HELD, OFFERED, CHANNEL, COPIED)
 TEXT_SIZE = 296
 SWEEP_TIME = 2.0  # seconds between two looks of a twin
 TWIN_TIME = 1000  # milliseconds that a keeper waits for a twin that does not read, at most
@@ -1727,7 +1743,8 @@ ARMED = 200  # sessions that a survivor watches for mail before the others have 
 
 
 class Slot(ctypes.Structure):
-    """A sleeper, in memory that the keeper and its twin share."""
+    """A sleeper, in memory that the keeper and its twin share. Field by field: an array to which
+    a Slot is assigned keeps 300 bytes for it for ever."""
 
     _fields_ = [
         ("state", ctypes.c_uint8),
@@ -1738,11 +1755,6 @@ class Slot(ctypes.Structure):
         ("sent", ctypes.c_uint64),
         ("text", ctypes.c_char * TEXT_SIZE),  # lines: the state as it came, its seal, the tag
     ]  # of a CHANNEL, `text` is the number of the descriptor that is offered on it
-
-    def fill(self, **fields: Any) -> None:
-        """In place: an array to which a Slot is assigned keeps 300 bytes for it for ever."""
-        for name, value in fields.items():
-            setattr(self, name, value)
 
     def lines(self) -> list[str]:
         """[state, seal, tag]; JSON has no line feed, and neither have the others."""
@@ -1767,25 +1779,22 @@ class Keeper(Service):
 
     def __init__(self, master: Master, pool: Pool, slot: int) -> None:
         super().__init__(master, pool, slot)
-        count = min(file_limit(), self.limit + 4 * RESERVE)
+        # There are numbers beyond the slots: a twin has its log file there.
+        count = min(file_limit() - 8, self.limit + 4 * RESERVE)
         self.memory = mmap.mmap(-1, count * ctypes.sizeof(Slot))
         self.slots = (Slot * count).from_buffer(self.memory)
         self.held = 0
         self.period = max(1, math.ceil(self.config.idle_notify_interval or 60))
-        self.peeker = self.peek  # one bound method for all, not 64 bytes for each
-        self.beds: Any = None
         self.twin: tuple[Any, Channel] | None = None  # its process, and the way to it
 
     def start(self, channel: socket.socket) -> None:
         super().start(channel)
         self.channel = channel
         self.waking: dict[int, str] = {}  # and why
-        self.turns = [array("i") for _ in range(self.period)]
+        self.turns: dict[int, array[int]] = collections.defaultdict(partial(array, "i"))
         self.turned = int(time.monotonic())
-        # Where there is epoll(7), an inner one for the sleepers: a key of selectors has 150 bytes.
-        if hasattr(select, "epoll"):
-            self.beds = select.epoll()
-            self.loop.watch(self.beds.fileno(), READ, self.peek_all)
+        self.beds = select.epoll()  # a key of selectors has 150 bytes
+        self.loop.watch(self.beds.fileno(), READ, self.peek_all)
         self.loop.later(1.0, self.take_turns)
         self.spawn_twin()
 
@@ -1820,28 +1829,26 @@ class Keeper(Service):
         os.set_blocking(fd, False)
         self.slots[0].beat = max(self.top, fd + 1, number + 1)
         now, wait = time.monotonic(), seconds_to_beat(self.period, state.remote, state.user)
-        slot = self.slots[fd]
-        slot.fill(
-            beat=int(now + wait) % self.period, rest=int(now), text=text,
-            received=record.received, sent=record.sent,
-        )
+        slot, waiting = self.slots[fd], self.slots[number]
+        slot.beat, slot.rest = round(now + wait) % self.period, int(now)
+        slot.text, slot.received, slot.sent = text, record.received, record.sent
+        self.make_bed(fd)
         if record.tag and not self.listen(fd, state):
+            self.unwatch(fd)
             raise ValueError("changed")
-        slot.state = OFFERED
-        self.slots[number].fill(state=CHANNEL, text=b"%d" % fd)
+        waiting.text = b"%d" % fd
+        slot.state = waiting.state = COPIED
         self.copy(fd, number)
+        slot.state, waiting.state = OFFERED, CHANNEL
         return fd, state, number
-
-    def directories(self, state: State) -> list[str]:
-        names = self.role.session.watch_dirs if state.watch else ()
-        return [os.path.join(state.home, state.watch[0], name) for name in names]
 
     def listen(self, fd: int, state: State) -> bool:
         """Watch its directories. Arm first, then compare: False, and no watch, if they changed,
         or may have, before the watch was there."""
-        paths, watches = self.directories(state), self.slots[fd].watches
+        paths = directories(self.role.session, state.home, state.watch)
+        watches = self.slots[fd].watches
         for at, path in enumerate(paths):
-            watches[at] = watches[at] or self.watcher.add(path, fd)
+            watches[at] = watches[at] or self.watcher.add(path, fd, watches)
         if not paths or changed_since(paths, state.watch[1:], YOUNG):
             self.unlisten(fd)
             return False
@@ -1862,20 +1869,19 @@ class Keeper(Service):
         self.tend(fd)
         self.arm(fd, state)
 
+    def make_bed(self, fd: int) -> None:
+        """Before "+": epoll(7) may refuse it, see max_user_watches. Until "!" it tells one event
+        at most."""
+        self.beds.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
+
     def tend(self, fd: int) -> None:
         """A sleeper is ours from now on."""
         self.turns[self.slots[fd].beat].append(fd)
-        if self.beds:
-            self.beds.register(fd, select.EPOLLIN)
-        else:
-            self.loop.watch(fd, READ, self.peeker)
+        self.beds.modify(fd, select.EPOLLIN)
 
     def unwatch(self, fd: int) -> None:
-        if self.beds:
-            with contextlib.suppress(FileNotFoundError):
-                self.beds.unregister(fd)
-        else:
-            self.loop.unwatch(fd)
+        with contextlib.suppress(FileNotFoundError):
+            self.beds.unregister(fd)
 
     def arm(self, fd: int, state: State) -> None:
         """Watch its mailbox and look, unless it is watched since hold() and has not stirred."""
@@ -1887,6 +1893,7 @@ class Keeper(Service):
     def abandon(self, held: Any, shutdown: bool = False) -> None:
         fd, _, number = held
         self.unlisten(fd)
+        self.unwatch(fd)
         self.slots[fd].state = self.slots[number].state = FREE
         if shutdown:
             end_socket(socket.socket(fileno=fd))
@@ -1949,7 +1956,8 @@ class Keeper(Service):
             self.unlisten(fd)  # for arm() to find
         elif self.slots[fd].state == HELD and fd not in self.waking:
             state = self.slots[fd].known()
-            if changed_since(self.directories(state), state.watch[1:], 0):
+            paths = directories(self.role.session, state.home, state.watch)
+            if changed_since(paths, state.watch[1:], 0):
                 self.wake(fd, "mail")
 
     def take_turns(self) -> None:
@@ -1959,17 +1967,19 @@ class Keeper(Service):
         now = int(time.monotonic())
         for second in range(max(self.turned, now - self.period) + 1, now + 1):
             at = second % self.period
-            fds = [fd for fd in set(self.turns[at]) if self.slots[fd].state == HELD]
-            self.turns[at] = array("i", (fd for fd in fds if self.slots[fd].beat == at))
-            for fd in self.turns[at]:
-                if fd not in self.waking:
-                    self.take_turn(fd, self.slots[fd])
+            for fd in set(self.turns.pop(at, ())):
+                if self.slots[fd].state == HELD and self.slots[fd].beat == at:
+                    self.turns[at].append(fd)
+                    self.loop.guarded(fd, self.take_turn, fd)
         self.turned = now
         if self.twin and now - self.slots[0].rest > 5 * SWEEP_TIME:  # stopped
             self.end_twin()
             self.spawn_twin()
 
-    def take_turn(self, fd: int, slot: Slot) -> None:
+    def take_turn(self, fd: int) -> None:
+        if fd in self.waking:
+            return
+        slot = self.slots[fd]
         if slot.tag() and self.config.idle_notify_interval:
             self.say(fd, self.role.session.still_here)
         elif not slot.tag() and time.monotonic() - slot.rest > REST_TIME:
@@ -1993,13 +2003,14 @@ class Keeper(Service):
     def parcel(self, fd: int) -> bytes | None:
         """Look whether the client is still there: nobody watches the descriptor meanwhile."""
         poll = select.poll()
-        poll.register(fd, select.POLLIN | getattr(select, "POLLRDHUP", 0))
+        poll.register(fd, select.POLLIN | select.POLLRDHUP)
         events = dict(poll.poll(0)).get(fd, 0)
         unread = False
         if events:
             with Borrowed(fd) as sock, contextlib.suppress(OSError):
                 unread = bool(sock.recv(1, socket.MSG_PEEK))
-        if events and not unread:  # a half-close behind input is not the end yet
+        # A half-close behind input is not the end yet; a reset is.
+        if events and not unread or events & (select.POLLERR | select.POLLHUP):
             self.over(fd, "client closed the connection")
             return None
         if unread and self.waking[fd] == "mail":
@@ -2032,10 +2043,17 @@ class Keeper(Service):
     def kept(self, fd: int, reason: str) -> None:
         """No worker took it in time, or one refused it for good: it can't go on."""
         if self.waking[fd] == "drain":  # the next generation has not the room for all to sleep
-            self.depart(fd, "room", self.role.wakes, self.config.orphan_timeout / 2)
+            self.waking[fd] = "room"
+            # Not from here: the time of all is up at once, and each would call the next.
+            self.loop.later(0, partial(self.seek_room, fd))
             return
-        log.error("a sleeper could not be moved: %r", reason)
-        self.end(fd, "Server is too busy, please log in again")
+        if self.parcel(fd):  # else it was refused since its client had left
+            log.error("a sleeper could not be moved: %r", reason)
+            self.end(fd, "Server is too busy, please log in again")
+
+    def seek_room(self, fd: int) -> None:
+        if self.waking.get(fd) == "room":
+            self.depart(fd, "room", self.role.wakes, self.config.orphan_timeout / 2)
 
     def end(self, fd: int, reason: str) -> None:
         with contextlib.suppress(OSError):
@@ -2064,22 +2082,18 @@ class Keeper(Service):
     def spawn_twin(self) -> None:
         if not self.config.hibernate_twin or self.draining or self.twin:
             return
-        with contextlib.ExitStack() as sockets:
-            try:
-                pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                ours, theirs = map(sockets.enter_context, pair)
-                context = multiprocessing.get_context("fork")
-                process = context.Process(
-                    target=self.guard, args=(ours, theirs), name=self.role.name)
-                process.start()
-            except OSError as error:
-                log.error("no twin: %s", error.strerror)
-                self.loop.later(THROTTLE[0], self.spawn_twin)
-            else:
-                sockets.pop_all()
-                theirs.close()
-                self.twin = process, Channel(self.loop, ours, self.twin_ended)
-                self.slots[0].rest = int(time.monotonic())  # the twin's last sweep
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            process = multiprocessing.get_context("fork").Process(
+                target=self.guard, args=(ours, theirs), name=self.role.name)
+            process.start()
+        except OSError as error:
+            log.error("no twin: %s", error.strerror)
+            self.loop.later(THROTTLE[0], self.spawn_twin)
+            return
+        theirs.close()
+        self.twin = process, Channel(self.loop, ours, self.twin_ended)
+        self.slots[0].rest = int(time.monotonic())  # the twin's last sweep
 
     def twin_ended(self, channel: Channel, message: bytes, fds: list[int]) -> None:
         close_all(fds)
@@ -2129,8 +2143,12 @@ class Keeper(Service):
         os.dup2(theirs.fileno(), ours.fileno(), inheritable=False)
         theirs.close()
         self.loop.close()
-        for handler in log.handlers:
-            handler.close()  # its next line opens a log file anew, standard error stays open
+        for handler in (*log.handlers, *logging.root.handlers):
+            if isinstance(handler, logging.FileHandler) and (stream := handler.stream):
+                # The keeper may give this number to a session, once the file was rotated.
+                number = fcntl.fcntl(stream, fcntl.F_DUPFD_CLOEXEC, len(self.slots))
+                handler.setStream(open(number, "a", encoding=handler.encoding))
+                stream.close()
         kept = {0, 1, 2, ours.fileno(), self.channel.fileno(), self.inbox.fileno()}
         copies = bytearray(state in LIVING for state in self.slot_states())
         copies += bytes(len(self.slots) - len(copies))
@@ -2198,6 +2216,8 @@ class Keeper(Service):
             self.channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             other.close()
         self.start(self.channel)
+        for fd in slots[HELD] + slots[OFFERED]:
+            self.make_bed(fd)
         for fd in slots[HELD]:  # who speaks is answered at once; to arm 10,000 takes a second
             self.tend(fd)
         self.arm_all(slots[HELD])
@@ -2210,9 +2230,11 @@ class Keeper(Service):
             else:  # the "!" was read, or the offer had come to nothing
                 self.slots[number].state = FREE
                 os.close(number)
-        for fd in offered:
+        for fd in (*offered, *slots[COPIED]):
             self.slots[fd].state = FREE
+            self.unwatch(fd)
             os.close(fd)
+        self.update()
         self.loop.run()
         self.end_twin()
 

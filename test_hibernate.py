@@ -929,6 +929,46 @@ def test_done_and_idle_in_one_packet_are_answered_asleep(server, user):
         client.until(r"^x21 OK")
 
 
+def test_who_falls_asleep_just_before_its_keepalive_still_gets_it(hibernate):
+    def waits(user):
+        return hibernate.seconds_to_beat(5, "127.0.0.1:1", user)
+
+    users = [f"u{n}" for n in range(30)]
+    with Server("imap_idle_notify_interval = 5 s", users=users) as server:
+        user = next(user for user in users if 1 < waits(user) <= 2)
+        eventually(lambda: waits(user) < 0.8)
+        [client] = many(server, [user])
+        falls_asleep(server, user)
+        client.until("Still here", 2.5)  # not five seconds later
+        client.close()
+
+
+def test_a_bug_in_the_keepalive_of_one_sleeper_costs_only_that_one():
+    broken = (
+        "turn = hibernate.Keeper.take_turn\n"
+        "hibernate.Keeper.take_turn = lambda self, fd, *slot: turn(self, fd, *slot) "
+        "if self.slots[fd].known().user != 'bob' else 1 / 0"
+    )
+    settings = "imap_idle_notify_interval = 1 s"
+    with PatchedServer(settings, broken, allow="Traceback|Zero|costs one") as server:
+        clients = many(server, ["alice"] * 5 + ["bob"] + ["alice"] * 5)
+        for client in clients[:5] + clients[6:]:
+            client.until("Still here")
+            client.until("Still here")
+            client.close()
+        assert "* BYE Internal error" in clients[5].ended()
+        assert server.log().count("Traceback") == 1
+
+
+def test_a_long_interval_of_keepalives_costs_no_memory():
+    with Server("imap_idle_notify_interval = 30 days") as server, Imap(server, "alice") as client:
+        client.cmd("SELECT INBOX")
+        tag = client.idle()
+        falls_asleep(server, "alice")
+        assert proc_bytes(server.pids("imap-hibernate")[0], "Anonymous") < 100 * 2**20
+        client.done(tag)
+
+
 def test_half_a_line_wakes_a_sleeper_and_the_rest_is_heard(server, user):
     with Imap(server, user) as client:
         client.cmd("SELECT INBOX")
@@ -1073,6 +1113,21 @@ def test_a_mailbox_that_vanishes_under_a_sleeper_ends_its_session(server, user, 
         if not idling:
             client.send("x NOOP\r\n")
         assert "* BYE" in client.ended()
+
+
+@table("timeout", ["0", "50 msecs"])
+def test_a_directory_removed_and_made_again_is_watched_again(timeout):
+    with Server(f"imap_hibernate_timeout = {timeout}") as server, Imap(server, "alice") as client:
+        client.cmd("SELECT INBOX")
+        client.idle()
+        new = server.home("alice") / "new"
+        for number in range(3):
+            new.rename(new.with_name(f"old{number}"))
+            new.mkdir(exist_ok=True)
+            eventually(lambda: time.time_ns() - new.stat().st_mtime_ns > 10**8)
+            assert server.ask(b"status")  # by now the server has looked at it
+            deliver_by_hand(server.home("alice"))
+            client.until(r"^\* \d EXISTS$", 5)
 
 
 def test_mail_that_races_with_falling_asleep_is_always_heard():
@@ -1281,6 +1336,22 @@ def test_when_all_log_in_processes_are_full_the_oldest_that_has_not_tried_gives_
         assert gone == idle[: len(gone)] and 1 <= len(gone) <= 5
         assert all("* BYE Too many connections" in client.ended() for client in gone)
         assert limit_warnings(server)
+
+
+def test_limits_as_small_as_one_still_make_room_and_let_sleepers_wake():
+    one = "{\n client_limit = 1\n process_limit = 1\n}"
+    with Server(f"service imap-login {one}\nservice imap {one}") as server:
+        sleeper = Imap(server, "alice")
+        falls_asleep(server, "alice")
+        server.configuration.write_text(
+            server.configuration.read_text() + "imap_hibernate_timeout = 0\n")
+        assert server.run("reload").returncode == 0
+        eventually(lambda: server.held() == 1)
+        awake = Imap(server, "bob")
+        sleeper.cmd("NOOP")
+        idle, newcomer = Imap(server), Imap(server)
+        assert "* BYE Too many connections" in idle.ended() and newcomer.silent()
+        awake.cmd("NOOP")
 
 
 def test_with_reuse_port_full_log_in_processes_make_room_as_well():
@@ -1694,6 +1765,65 @@ def test_a_twin_killed_or_stopped_is_replaced_and_nobody_notices(number):
         all_hear_their_mail(server, clients, ["alice"], 1)
 
 
+def test_who_goes_on_for_a_killed_keeper_goes_on_with_its_log_file_over_a_rotation_too():
+    with Server("log_path = the.log", allow="SIGKILL") as server:
+        log = server.dir / "the.log"
+        clients = many(server, ["alice"] * 5)
+        eventually(lambda: server.held() == 5 and server.pids(TWIN))
+        [keeper] = server.pids("imap-hibernate")
+        os.kill(keeper, signal.SIGKILL)
+        eventually(lambda: "was killed; its twin goes on with 5" in log.read_text())
+        log.rename(f"{log}.1")
+        clients += many(server, ["bob"] * 5)
+        eventually(lambda: server.held() == 10)
+        assert re.search(r"imap-hibernate\[\d+\] INFO .* bob .* is here", log.read_text())
+        assert not server.log()
+
+
+KILLED_IN_COPY = """
+import os
+copy = hibernate.Keeper.copy
+hibernate.Keeper.copy = lambda self, *fds: (
+    os.path.exists("killed") and os.kill(os.getpid(), 9), copy(self, *fds))
+hibernate.SWEEP_TIME, hibernate.COMMIT_TIME = 100.0, 0.5
+"""
+
+
+def test_a_keeper_killed_before_its_twin_has_the_newcomer_touches_nobody_else(hibernate):
+    """What the twin has under the numbers of the newcomer and its channel are sessions that have
+    left since the last sweep: they are another's now."""
+    awake = "imap_hibernate_timeout = 0"
+    with PatchedServer(awake, patch=KILLED_IN_COPY, allow="killed|SIGKILL") as server:
+        server.maildir("alice")
+        senders = [Sender(server, hibernate, "imap-hibernate") for _ in range(2)]
+        for sender in senders:
+            sender.give(sender.record(answer=""))
+        for sender in senders:
+            sender.channel.send(b"!")
+        eventually(lambda: server.held() == 2)
+        eventually(lambda: server.pids(TWIN))
+        for sender in senders:
+            sender.theirs.close()
+            sender.client.settimeout(PATIENCE)
+            sender.client.send(b"x NOOP\r\n")
+            assert b"x OK" in sender.client.recv(4096)
+        eventually(lambda: server.held("imap") == 2 and not server.held())
+        late = []
+        for _ in range(3):
+            late.append(Sender(server, hibernate, "imap-hibernate"))
+            assert server.ask(b"status")  # by now it has accepted
+        (server.dir / "killed").touch()
+        with contextlib.suppress(ConnectionError):
+            assert not late[2].give(late[2].record(answer=""))
+        eventually(lambda: "twin goes on" in server.log())
+        select.select((), (), (), 1.0)  # COMMIT_TIME
+        for sender in senders:
+            sender.client.send(b"y NOOP\r\n")
+            assert b"y OK" in sender.client.recv(4096)
+        for sender in senders + late:
+            sender.close()
+
+
 @contextlib.contextmanager
 def false_inbox(server, service):
     """The test in place of all receivers of a service: yields accept(), a channel of a sender."""
@@ -1752,6 +1882,21 @@ def test_a_receiver_that_dies_at_any_step_leaves_the_session_to_its_sender(serve
                 client.send(f"DONE\r\nx CREATE once{number}\r\n")
                 death(accept(), keeper)
             assert client.until("^x ")[-1].startswith("x OK")  # a second time would be a NO
+
+
+def test_a_sleeper_refused_since_its_client_has_left_is_no_error():
+    with Server() as server, Imap(server, "alice") as client:
+        falls_asleep(server, "alice")
+        with false_inbox(server, "imap") as accept:
+            client.send("x NOOP\r\n")
+            channel = accept()
+            linger = struct.pack("ii", 1, 0)  # close() sends a reset
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            client.close()
+            take(channel)
+            channel.send(b"-[Errno 107] Transport endpoint is not connected")
+            eventually(lambda: "ended: client closed the connection" in server.log())
+            channel.close()
 
 
 def test_a_receiver_that_dies_with_the_session_ends_it_for_its_client():
@@ -2014,11 +2159,11 @@ def test_a_killed_master_that_is_started_again_finds_all_its_sleepers():
 
 def test_a_killed_master_that_nobody_starts_again_leaves_bye_and_no_process():
     with Server("orphan_timeout = 1 s") as server:
-        sleeper, awake = Imap(server, "alice"), Imap(server, "bob")
-        falls_asleep(server, "alice")
+        sleepers, awake = many(server, ["alice"] * 300), Imap(server, "bob")
+        eventually(lambda: server.held() >= 300)
         awake.send("a SELECT INBOX\r\n")
         os.kill(server.process.pid, signal.SIGKILL)
-        for client in (sleeper, awake):
+        for client in (*sleepers, awake):
             assert "* BYE" in client.ended()
         eventually(lambda: not server.processes(), what=f"{server.processes()}")
         server.process.wait(PATIENCE)
@@ -2192,6 +2337,30 @@ def test_without_descriptors_sessions_stay_where_they_are_and_nobody_spins():
         assert waiting.line().startswith("* OK")
 
 
+NO_EPOLL = """
+class Full:
+    real = hibernate.select.epoll
+    def __init__(self):
+        self.real = self.real()
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+    def register(self, *arguments):
+        raise OSError(28, "no watch is left")
+hibernate.select.epoll = Full
+"""
+
+
+def test_a_keeper_that_epoll_refuses_a_sleeper_leaves_it_awake():
+    with PatchedServer(patch=NO_EPOLL) as server, Imap(server, "alice") as client:
+        client.cmd("SELECT INBOX")
+        tag = client.idle()
+        eventually(lambda: "stays awake" in server.log() and "was refused" in server.log())
+        client.done(tag)
+        client.idle()
+        deliver_by_hand(server.home("alice"))
+        client.until(r"^\* 1 EXISTS$")
+
+
 def cpu_of(pid):
     """Seconds of CPU that a process has used."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
@@ -2261,6 +2430,14 @@ def test_a_process_that_dies_by_a_signal_without_a_name_is_logged_and_replaced()
         os.kill(before, 40)
         eventually(lambda: server.pids("imap") not in ([], [before]))
         assert f"process {before} ended: status -40" in server.log()
+
+
+def test_a_keeper_that_fails_as_it_starts_is_throttled_too():
+    broken, allow = "hibernate.Keeper.spawn_twin = None", "Traceback|TypeError|status 1|no new"
+    with PatchedServer(patch=broken, allow=allow) as server, Imap(server, "alice") as client:
+        eventually(lambda: "no new process for 4 s" in server.log())
+        assert server.log().count("status 1") == 2
+        client.cmd("NOOP")
 
 
 def test_an_overflow_of_the_event_queue_is_noticed():
@@ -2620,6 +2797,25 @@ def test_two_sessions_of_one_mailbox_see_each_other_in_order(server, user):
         assert [x for x in two.cmd("NOOP") + two.cmd("NOOP") if "EXPUNGE" in x] in gone
         assert two.cmd("SEARCH ALL")[0] == "* SEARCH 1"
         assert len(list((home / ".Work" / "cur").iterdir())) == 1
+
+
+def test_who_listens_to_a_mailbox_whose_index_is_busy_does_not_hold_up_the_others():
+    with Server("imap_hibernate_timeout = 0") as server:
+        clients, other = many(server, ["alice"] * 3), Imap(server, "bob")
+        index = sqlite3.connect(
+            server.home("alice") / "hibernate.sqlite3", isolation_level=None)
+        index.execute("BEGIN IMMEDIATE")
+        deliver_by_hand(server.home("alice"))
+        start, count = time.monotonic(), 0
+        while time.monotonic() < start + 3:
+            other.cmd("NOOP")
+            count += 1
+        index.execute("ROLLBACK")
+        index.close()
+        for client in clients:
+            client.until(r"^\* 1 EXISTS$")
+            client.close()
+        assert count > 100
 
 
 def test_pythons_imaplib_is_served(server, user):
@@ -3314,6 +3510,18 @@ def test_a_client_that_never_reads_costs_no_memory_and_harms_nobody():
         assert proc_bytes(worker, "Rss") - before < 16 * 2**20
         silent.close()
         eventually(lambda: {row["user"] for row in server.who()} == {"bob"})
+
+
+@table("user", ["", "alice"])
+def test_a_client_that_never_reads_is_gone_when_its_time_is_up(user):
+    with PatchedServer("login_timeout = 1 s", patch="hibernate.REST_TIME = 1.0") as server:
+        silent = Imap(server, user)
+        silent.socket.settimeout(0.5)
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            while True:  # until no more fits into the buffers on the way
+                silent.send(b"a NOOP\r\nb CAPABILITY\r\n" * 1000)
+        eventually(lambda: not server.who(), 5)
+        silent.close()
 
 
 def test_a_user_name_that_leaves_its_folder_is_refused_even_with_a_passwd_entry():
