@@ -680,6 +680,7 @@ class Mover:
         self.target: dict[int, tuple[str, float, bytes]] = {}  # service, deadline, question
         self.channels: dict[int, Channel] = {}
         self.resume_at = 0.0
+        self.pumping = False
         self.moved_at: dict[str, float] = {}  # when a service has taken the last session
         self.refusals: collections.Counter[str] = collections.Counter()
 
@@ -700,6 +701,17 @@ class Mover:
                 self.loop.later(0, self.pump)
 
     def pump(self) -> None:
+        """Offer what may be offered. Who is kept may give() anew at once: that only queues it, or
+        each of many whose time is up would call the next."""
+        if self.pumping:
+            return
+        self.pumping = True
+        try:
+            self.offer()
+        finally:
+            self.pumping = False
+
+    def offer(self) -> None:
         while self.queue and len(self.channels) < IN_FLIGHT and time.monotonic() >= self.resume_at:
             deadline, fd = heapq.heappop(self.queue)
             service, known, question = self.target.get(fd, ("", 0.0, b""))
@@ -2043,17 +2055,11 @@ class Keeper(Service):
     def kept(self, fd: int, reason: str) -> None:
         """No worker took it in time, or one refused it for good: it can't go on."""
         if self.waking[fd] == "drain":  # the next generation has not the room for all to sleep
-            self.waking[fd] = "room"
-            # Not from here: the time of all is up at once, and each would call the next.
-            self.loop.later(0, partial(self.seek_room, fd))
+            self.depart(fd, "room", self.role.wakes, self.config.orphan_timeout / 2)
             return
         if self.parcel(fd):  # else it was refused since its client had left
             log.error("a sleeper could not be moved: %r", reason)
             self.end(fd, "Server is too busy, please log in again")
-
-    def seek_room(self, fd: int) -> None:
-        if self.waking.get(fd) == "room":
-            self.depart(fd, "room", self.role.wakes, self.config.orphan_timeout / 2)
 
     def end(self, fd: int, reason: str) -> None:
         with contextlib.suppress(OSError):

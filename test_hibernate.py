@@ -1377,6 +1377,21 @@ def test_a_log_in_that_finds_all_workers_full_waits_and_is_done_when_there_is_ro
         second.cmd("NOOP")
 
 
+def test_many_log_ins_at_once_while_auth_is_away_are_all_refused_and_go_on():
+    with PatchedServer(patch="hibernate.MOVE_TIME = 1.0") as server:
+        with false_inbox(server, "auth"):
+            clients = [Imap(server) for _ in range(150)]
+            inbox = server.dir / "hibernate.run" / "auth"
+            inbox.rename(f"{inbox}.gone")
+            for client in clients:
+                client.send("a LOGIN alice x\r\nb LOGIN alice x\r\nc NOOP\r\n")
+            for client in clients:
+                lines = client.until("^c OK")
+                assert lines[0].startswith("a NO") and lines[1].startswith("b NO")
+                client.close()
+            Path(f"{inbox}.gone").rename(inbox)
+
+
 def connected_pair():
     """(client's end, server's end) of a TCP connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
