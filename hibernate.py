@@ -4703,9 +4703,13 @@ def make_password(config: Config, options: argparse.Namespace) -> None:
 
 def deliver_message(config: Config, options: argparse.Namespace) -> None:
     os.umask(0o077)
+    user = options.operand.lower()  # as at a log-in, which may know another home, too
+    with contextlib.suppress(OSError):  # who delivers need not be able to read the passwd-file
+        AuthSession.prepare(config)
+    _, home = AuthSession.users.get(user, ("", ""))
     try:
         drop_privileges(config.sections["imap"])  # what root puts there that user could not read
-        deliver(home_of(config, options.operand), sys.stdin.buffer)
+        deliver(home or home_of(config, user), sys.stdin.buffer)
     except ValueError as error:
         raise Failure(64, error) from None
     except OSError as error:  # 75, EX_TEMPFAIL: a mail server keeps the message and tries again

@@ -2695,6 +2695,16 @@ def test_deliver_puts_a_message_where_it_belongs(server, user):
     assert not (server.dir / "evil").exists()
 
 
+def test_deliver_finds_the_mail_of_a_user_where_a_log_in_finds_it(tmp_path):
+    with Server() as server:
+        (server.dir / "users").write_text(f"alice:{{PLAIN}}secret::::{tmp_path}\n")
+        with Imap(server, "alice") as client:
+            client.cmd("SELECT INBOX")
+            assert server.run("deliver", "Alice", input=message()).returncode == 0
+            client.cmd("NOOP")
+            assert "hello" in "".join(client.cmd("FETCH 1 BODY[HEADER]"))
+
+
 def test_passwd_makes_entries_that_log_in():
     with Server("auth_failure_delay = 1 msecs") as server:
         lines, schemes = [], ([], ["SSHA512"], ["PBKDF2"], ["PLAIN"], ["ROT13"])
