@@ -2126,7 +2126,7 @@ class Keeper(Service):
         os.dup2(theirs.fileno(), ours.fileno(), inheritable=False)
         theirs.close()
         self.loop.close()
-        for handler in log.handlers:
+        for handler in (*log.handlers, *log.root.handlers):
             handler.close()  # its next line opens a log file anew, standard error stays open
         kept = {0, 1, 2, ours.fileno(), self.channel.fileno(), self.inbox.fileno()}
         copies = bytearray(state in LIVING for state in self.slot_states())
@@ -4656,17 +4656,30 @@ def main(arguments: list[str]) -> int:
     return status
 
 
+class LogFile(WatchedFileHandler):
+    """A line that its file can't take goes to standard error: no session is lost for it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError as error:  # of opening it anew: with less rights, or a folder that is gone
+            with contextlib.suppress(OSError):
+                print(f"{self.format(record)} ({error})", file=sys.stderr, flush=True)
+
+
 def serve(config: Config, options: argparse.Namespace) -> None:
     # Titles are written over the arguments: with too little room, start once more with some.
     if len(" ".join(sys.orig_argv)) < 80 and os.path.exists("/proc/self/stat"):
         os.execv(sys.executable, [*sys.orig_argv, "--title-room=" + "." * 80])
     os.umask(0o077)
-    handler = WatchedFileHandler(config.log_path) if config.log_path else logging.StreamHandler()
+    first = INHERIT not in os.environ
+    handler: logging.Handler = logging.StreamHandler()
+    if config.log_path:
+        handler = LogFile(config.log_path, delay=not first)  # after a reload nothing may fail
     layout = "%(asctime)s %(processName)s[%(process)d] %(levelname)s %(message)s"
     logging.basicConfig(handlers=[handler], format=layout, level=logging.INFO)
     logging._srcfile = None  # to look for the calling line is a third of a line's cost (HOWTO)
     multiprocessing.current_process().name = "master"
-    first = INHERIT not in os.environ
     lines = [] if config.path or not first else make_demo(config)
     if not config.path:
         config.values["passwd_file"] = config.inbox("demo-users")

@@ -2723,6 +2723,31 @@ def test_passwd_makes_entries_that_log_in():
                 client.cmd(f'LOGIN u{number} "pass word"')
 
 
+def test_what_the_log_file_can_not_take_goes_to_standard_error_and_costs_no_session():
+    with Server("log_path = h.log", allow="the keeper was killed|h.log|elsewhere") as server:
+        file, client = server.dir / "h.log", Imap(server, "alice")
+        falls_asleep(server, "alice")
+        eventually(lambda: server.pids("imap-hibernate-twin"))
+        os.kill(server.pids("imap-hibernate")[0], signal.SIGKILL)
+        eventually(lambda: "its twin goes on with 1 sessions" in file.read_text())
+        file.rename(server.dir / "old")
+        client.cmd("NOOP")
+        falls_asleep(server, "alice")
+        assert re.search(r"imap\[.*\n.*imap-hibernate\[.* is here", file.read_text())
+        assert not server.log()
+        file.unlink()
+        file.mkdir()
+        client.cmd("NOOP")
+        assert re.search(r"imap\[.* is here \(.*h.log'\)\n", server.log())
+        text = server.configuration.read_text()
+        server.configuration.write_text(text.replace("= h.log", "= no/where"))
+        assert server.run("reload").returncode == 0
+        client.cmd("NOOP")
+        falls_asleep(server, "alice")
+        assert re.search(r"imap-hibernate\[.* is here \(.*no/where'\)\n", server.log())
+        server.configuration.write_text(text)
+
+
 def test_n_shows_what_differs_from_the_defaults_and_can_be_read_back(tmp_path):
     file = tmp_path / "c"
     file.write_text(
