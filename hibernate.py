@@ -1089,9 +1089,10 @@ class Client:
 
     def rest(self) -> None:
         """Nothing to execute, nothing to send: listen, sleep later, or move on now."""
+        leaves = self.service.draining and not self.service.role.requests  # a question stays
         if self.eof:
             self.close("client closed the connection")
-        elif self.service.draining and self.session.movable() and self.fits():
+        elif leaves and self.session.movable() and self.fits():
             self.depart(self.service.role.name, self.session.config.orphan_timeout)
         else:
             if self.listen():  # not at once, but when times that are young have settled

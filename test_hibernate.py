@@ -1801,6 +1801,20 @@ def test_reload_under_load_drops_nothing_and_brings_all_into_the_new_generation(
         all_hear_their_mail(server, clients, users, 1)
 
 
+def test_a_log_in_that_comes_to_auth_during_a_reload_is_answered():
+    with Server() as server, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+        asking.settimeout(PATIENCE)
+        asking.connect(str(server.dir / "hibernate.run" / "auth"))
+        eventually(lambda: server.held("auth"))
+        before = set(server.pids("auth"))
+        assert server.run("reload").returncode == 0
+        eventually(lambda: set(server.pids("auth")) - before)
+        asking.send(json.dumps(["", "", "", "alice", "secret"]).encode())
+        assert json.loads(asking.recv(9999))[:2] == ["ok", "alice"]
+        eventually(lambda: not before & set(server.pids("auth")))
+        assert "request refused" not in server.log()
+
+
 def test_sleepers_for_whom_a_reload_leaves_no_room_are_awake_afterwards():
     limits = "service imap-hibernate {\n process_limit = 1\n client_limit = 30\n}"
     with Server(f"orphan_timeout = 3 s\n{limits}") as server:
