@@ -4650,9 +4650,9 @@ def main(arguments: list[str]) -> int:
         return 64 if end.code else 0
     except Failure as error:
         status, reason = error.status, str(error)
-    except (PermissionError, FileNotFoundError) as error:
+    except OSError as error:  # a socket's has no name
         status = 77 if isinstance(error, PermissionError) else 69
-        reason = f"{error.filename}: {error.strerror}"
+        reason = f"{error.filename or config.base_dir}: {error.strerror}"
     print(reason, file=sys.stderr)
     return status
 

@@ -2854,11 +2854,24 @@ def test_what_is_not_permitted_is_said_with_exit_status_77():
         python = "/usr/bin/python3" if demoted else sys.executable  # root's own may be out of reach
         if subprocess.call([python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]):
             pytest.skip("no Python that an ordinary user may run")
-        done = subprocess.run(
-            [python, "hibernate.py", "-c", "c"], cwd=folder, capture_output=True,
-            timeout=PATIENCE, **demoted,
-        )
+        command = [python, "hibernate.py", "-c", "c"]
+        demoted |= {"cwd": folder, "capture_output": True, "timeout": PATIENCE}
+        done = subprocess.run(command, **demoted)
         assert done.returncode == 77 and len(done.stderr.splitlines()) == 1, done
+        folder.chmod(0o755)
+        (folder / "hibernate.run").mkdir()
+        sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        sock.bind(str(folder / "hibernate.run" / "master"))
+        (folder / "hibernate.run" / "master").chmod(0)
+        done = subprocess.run([*command, "who"], **demoted)
+        assert done.stderr.decode() == f"{folder}/hibernate.run: Permission denied\n", done
+        assert done.returncode == 77
+
+
+def test_what_the_system_refuses_at_a_start_is_said_in_one_line(tmp_path):
+    (tmp_path / "c").write_text("base_dir = c/run\n")
+    done = program("-c", tmp_path / "c")
+    assert done.returncode == 69 and done.stderr.decode() == f"{tmp_path}/c/run: Not a directory\n"
 
 
 def test_the_example_configuration_is_right_and_names_every_setting(hibernate, tmp_path):
