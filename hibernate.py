@@ -360,6 +360,11 @@ class Config(Section):
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
+def close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
 @dataclass(slots=True)
 class Timer:
     """A call that is due at `when` (monotonic seconds). cancel() may come late, and twice."""
@@ -493,11 +498,6 @@ def identity(sock: socket.socket) -> str:
     except OSError:
         number = os.fstat(sock.fileno()).st_ino
     return f"{number}{sock.getpeername()}{sock.getsockname()}".replace(" ", "")
-
-
-def close_all(fds: Iterable[int]) -> None:
-    for fd in fds:
-        os.close(fd)
 
 
 def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
@@ -2072,7 +2072,7 @@ class Keeper(Service):
                 process.start()
             except OSError as error:
                 log.error("no twin: %s", error.strerror)
-                self.loop.later(THROTTLE[0], self.spawn_twin)
+                self.loop.later(1.0, self.spawn_twin)
             else:
                 sockets.pop_all()
                 theirs.close()
@@ -3598,6 +3598,16 @@ def read_secret(stored: str) -> Secret:
         encode_password(scheme, given, raw, int(rounds)).encode("utf-8", "surrogateescape"))
 
 
+def home_of(config: Config, user: str) -> str:
+    """Where mail_location puts the user's Maildir; ValueError for a name that could leave it."""
+    if not re.fullmatch(r"[\w@+=-][\w.@+=-]{0,127}", user, re.ASCII) or ".." in user:
+        raise ValueError(f"{user!r} is not a user name")
+    name, _, domain = user.partition("@")
+    values = {"u": user, "n": name, "d": domain, "%": "%"}
+    path = re.sub("%(.)", lambda m: values.get(m[1], m[0]), config.mail_location)
+    return os.path.normpath(os.path.join(config.folder, path.removeprefix("maildir:")))
+
+
 @lru_cache(1)
 def read_passwords(config: Config, version: object) -> dict[str, tuple[Secret, str]]:
     """Dovecot's passwd-file, read again when its `version` has changed: secret and home of each
@@ -4599,16 +4609,6 @@ Date: {}
 Your session is awake. Send IDLE, wait half a minute, and it sleeps in imap-hibernate;
 deliver a message to this Maildir, or send DONE, and it wakes.
 """
-
-
-def home_of(config: Config, user: str) -> str:
-    """Where mail_location puts the user's Maildir; ValueError for a name that could leave it."""
-    if not re.fullmatch(r"[\w@+=-][\w.@+=-]{0,127}", user, re.ASCII) or ".." in user:
-        raise ValueError(f"{user!r} is not a user name")
-    name, _, domain = user.partition("@")
-    values = {"u": user, "n": name, "d": domain, "%": "%"}
-    path = re.sub("%(.)", lambda m: values.get(m[1], m[0]), config.mail_location)
-    return os.path.normpath(os.path.join(config.folder, path.removeprefix("maildir:")))
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

@@ -18,11 +18,13 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import bisect
 import builtins
 import collections
 import concurrent.futures
 import contextlib
 import ctypes
+import dis
 import doctest
 import imaplib
 import importlib.util
@@ -604,6 +606,21 @@ def test_the_engine_names_no_protocol_and_nothing_of_the_parts_behind_it():
                 bound.add(getattr(node, field, ""))
     assert not found
     assert not {name: line for name, line in used.items() if name not in bound}
+
+
+def test_a_part_uses_only_the_parts_above_it():
+    text = PROGRAM.read_text()
+    parts, defined, codes = [*part_lines().values()], {}, [compile(text, "", "exec")]
+    part = lambda line: bisect.bisect(parts, line)  # noqa: E731
+    for node in ast.parse(text).body:
+        targets = (getattr(target, "id", "") for target in getattr(node, "targets", ()))
+        defined |= dict.fromkeys((getattr(node, "name", ""), *targets), node.lineno)
+    for code in codes:
+        codes += [inner for inner in code.co_consts if hasattr(inner, "co_code")]
+        for step in dis.get_instructions(code):
+            if step.opname == "LOAD_GLOBAL" and step.argval in defined:
+                where = code.co_firstlineno
+                assert part(defined[step.argval]) <= part(where), (step.argval, where)
 
 
 IMPORT = """
