@@ -91,7 +91,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 __all__ = [
     "Ask", "Config", "ConfigError", "Master", "Move", "Pause", "Program", "Role", "Session",
-    "Setting", "main",
+    "Setting", "main", "ticket",
 ]  # fmt: skip
 __version__ = "0.1"
 
@@ -770,9 +770,9 @@ class Mover:
 
 
 # What a session may yield besides bytes:
-Ask = NamedTuple("Ask", [("service", str), ("message", bytes)])  # a question; gives the answer
+Ask = NamedTuple("Ask", [("service", str), ("message", bytes)])  # gives the answer, or ""
 Pause = NamedTuple("Pause", [("seconds", float)])  # go on later, execute nothing meanwhile
-Move = NamedTuple(  # go on in another service; comes back only with the reason why not
+Move = NamedTuple(  # go on in another service, by a ticket(); gives only the reason why not
     "Move", [("service", str), ("ticket", str), ("seal", str), ("answer", str)]
 )
 Reply = Generator["bytes | Ask | Pause | Move", Any, None]
@@ -783,7 +783,8 @@ class Session:
 
     The engine appends input to `buffer` and calls step() until that returns None. What the
     session wants it yields: bytes, Ask, Pause, Move. `ended = reason` closes the connection when
-    all is sent; a non-empty `tag` says that it listens for changes below home/folder.
+    all is sent. Before it has a `user` it can't sleep, and login_timeout ends it; a non-empty
+    `tag` says that it listens for changes below home/folder.
     """
 
     input_limit = 64 * 1024  # no more is read from the client while this much is in `buffer`
@@ -792,8 +793,8 @@ class Session:
     still_here = b""  # keepalive for who listens
 
     config: Config  # these are set by the engine, before any call
-    key = b""
-    sid = user = remote = home = identity = ""
+    key = b""  # what tickets are sealed with, if the role is trusted
+    sid = user = remote = home = identity = ""  # the last: of the connection, for its ticket
     since = 0  # unix time of the log-in
     times: Sequence[int] = ()
 
@@ -826,6 +827,7 @@ class Session:
         return True
 
     def freeze(self) -> list[Any]:
+        """As JSON. With more than some 100 bytes it is too much for a sleeper: see TEXT_SIZE."""
         return []
 
     def thaw(self, own: list[Any]) -> None:
@@ -833,12 +835,14 @@ class Session:
         `times` are those that watch() has told."""
 
     def watch(self) -> tuple[str, tuple[int, ...]] | None:
-        """(folder, st_mtime_ns of each of watch_dirs as it was before the last look), or None."""
+        """(folder, st_mtime_ns of each of watch_dirs as it was before the last look), or None;
+        the folder is one name, or "" for the home itself."""
         return None
 
     @classmethod
     def peeked(cls, tag: str, data: bytes) -> tuple[bytes, int, str] | None:
-        """What a sleeper answers by itself: (answer, bytes used up, new tag); None: wake it."""
+        """What a sleeper answers by itself: (answer, bytes used up, new tag); None: wake it.
+        Of more than 512 bytes these are the first."""
         return None
 
     @classmethod
@@ -2630,7 +2634,8 @@ def notify(text: str) -> None:
 #
 # Messages and their flags are the files of a Maildir, so that any delivery agent fills it and any
 # other reader shares it. What files can't say (UIDs, keywords, MODSEQs, what was expunged) is in
-# one SQLite file per user, which may be deleted at any time: it costs new UIDVALIDITYs, no mail.
+# one SQLite file per user, which may be deleted at any time: it costs new UIDVALIDITYs and the
+# keywords, no mail.
 #
 # Each transaction has a stamp: the time in seconds, or one more than the last. UIDVALIDITYs and
 # MODSEQs are stamps, so that they only grow. The last one is also the time of `hibernate.uids`: an
