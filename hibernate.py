@@ -283,9 +283,11 @@ class Section:
 class Config(Section):
     """All settings of a program; without a file, the defaults. ConfigError names a mistake."""
 
-    def __init__(self, program: Program, path: str = "") -> None:
+    def __init__(self, program: Program, path: str = "", usual: str = "") -> None:
+        """Without a path the file `usual` is read, if there is one by then: see reload()."""
         super().__init__((*SETTINGS, *program.settings), program.prefix)
-        self.program, self.path = program, path
+        self.program, self.usual = program, usual
+        self.path = path = path or usual * os.path.exists(usual)
         self.folder = os.path.abspath(os.path.dirname(path))
         for role in program.roles:
             texts = *role.limits, "", ""
@@ -2602,7 +2604,7 @@ class Master:
             if check.returncode:
                 text = check.stderr[:4000].decode("utf-8", "replace").strip()
                 raise Failure(78, text or f"the check ended with {check.returncode}")
-            config = Config(self.config.program, self.config.path)
+            config = Config(self.config.program, self.config.path, self.config.usual)
             if config.base_dir != self.config.base_dir:
                 config.fail(config.lines["base_dir"], "base_dir can't change: sessions live in it")
             groups = self.open_listeners(config)
@@ -4641,8 +4643,8 @@ def main(arguments: list[str]) -> int:
     """The command line; returns the exit status of sysexits(3)."""
     try:
         options = parse_arguments(arguments)
-        usual = "hibernate.conf" if os.path.exists("hibernate.conf") else ""
-        config = Config(PROGRAM, usual if options.file is None else options.file)
+        usual = "hibernate.conf" if options.file is None else ""
+        config = Config(PROGRAM, options.file or "", usual)
         if not config.mail_location.startswith("maildir:"):
             config.fail(config.lines["mail_location"], "mail_location: only maildir:PATH is known")
         if options.dump:
