@@ -3678,7 +3678,7 @@ class AuthSession(Session):
             return ["ok", user, *ticket(self.key, identity, sid, user, remote, home)]
         if rounds < dearest[0]:  # a refusal takes as long as the dearest
             dearest[1](password)
-        log.info("<%s> auth: wrong password or no such user: %.64r", sid, name)
+        log.info("<%s> %s wrong password or no such user: %.64r", sid, remote, name)
         return []
 
 

@@ -2981,6 +2981,8 @@ def test_a_wrong_password_is_answered_late_and_holds_up_nobody():
             assert client.line().startswith("x NO [AUTHENTICATIONFAILED]")
             assert time.monotonic() - start >= 1
             client.cmd(f"LOGIN alice {server.password}")
+        for name in ("alice", "nobody"):  # with the address, for who bans by the log
+            assert re.search(rf"auth.* 127\.0\.0\.1:\d+ wrong password.* '{name}'", server.log())
 
 
 @table("text", ["x", "!!!!", "*", "YWxpY2U=", "AAA=", plain("alice", "wrong"),
