@@ -898,12 +898,13 @@ class Watcher:
         if number >= 0:
             number = self.libc.inotify_add_watch(self.fd, os.fsencode(path), self.MASK)
         if number < 0:
-            number = self.POLLED
-            if not self.warned:
-                log.warning("inotify: %s; looking at times", os.strerror(ctypes.get_errno()))
+            number, reason = self.POLLED, ctypes.get_errno()
+            if not self.warned and reason != errno.ENOENT:  # that is a folder's own fate
+                log.warning("inotify: %s; looking at times", os.strerror(reason))
+                self.warned = True
             if not self.polling:
                 self.loop.later(self.POLL, self.poll)
-            self.warned = self.polling = True
+            self.polling = True
         known = self.sessions.setdefault(number, fd)
         if isinstance(known, array) and fd not in known:
             known.append(fd)

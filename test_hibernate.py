@@ -2198,6 +2198,16 @@ def test_without_inotify_the_slower_way_is_taken_and_said_once():
         assert 1 <= server.log().count("inotify: ") <= 2  # once in each process that watches
 
 
+def test_a_folder_that_has_vanished_is_not_taken_for_a_lack_of_watches(hibernate, caplog):
+    watcher = hibernate.Watcher(hibernate.Loop(), print)
+    watcher.add("/nowhere/at/all", 99)
+    assert not caplog.text
+    os.close(watcher.fd)
+    watcher.add("/", 99)
+    assert "inotify: Bad file descriptor; looking at times" in caplog.text
+    watcher.loop.close()
+
+
 WORDS = [
     b"LOGIN", b"SELECT", b"INBOX", b"FETCH", b"1:*", b"(FLAGS)", b"BODY[]<0.5>", b"SEARCH", b"OR",
     b"NOT", b"((((", b"))", b"{3}", b"{3+}", b"{99999999999}", b"STORE", b"+FLAGS", b"(\\Seen a)",
