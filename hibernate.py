@@ -207,6 +207,7 @@ UNITS: dict[str, dict[str, float]] = {  # any beginning of a name will do
     "time": {"secs": 1.0, "seconds": 1.0, "mins": 60.0, "minutes": 60.0, "msecs": 0.001,
              "hours": 3600.0, "days": 86400.0},
 }
+CHECKING = "HIBERNATE_CHECKING"  # environment: say, by the same word, that it was read
 RANGES = {"count": range(1, 10**9), "number": range(10**9), "port": range(65536)}
 BLOCKS = ("service", "inet_listener", "")  # in the file, in a service, in a listener
 
@@ -300,6 +301,8 @@ class Config(Section):
         except OSError as error:
             self.fail(0, str(error.strerror))
         self.finish()
+        if CHECKING in os.environ:
+            print(CHECKING)
 
     def inbox(self, service: str) -> str:
         return os.path.join(self.base_dir, service)
@@ -2601,10 +2604,12 @@ class Master:
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         command = [sys.executable, *sys.orig_argv[1:]]
         try:
-            check = subprocess.run([*command, "--check"], capture_output=True, timeout=CHECK_TIME)
-            if check.returncode:
+            check = subprocess.run([*command, "--check"], capture_output=True, timeout=CHECK_TIME,
+                                   env={**os.environ, CHECKING: "1"})
+            # Of a file that was copied to a full disk nothing may be left, not even a mistake.
+            if check.returncode or CHECKING.encode() not in check.stdout:
                 text = check.stderr[:4000].decode("utf-8", "replace").strip()
-                raise Failure(78, text or f"the check ended with {check.returncode}")
+                raise Failure(78, text or f"the check failed, status {check.returncode}")
             config = Config(self.config.program, self.config.path, self.config.usual)
             if config.base_dir != self.config.base_dir:
                 config.fail(config.lines["base_dir"], "base_dir can't change: sessions live in it")

@@ -2040,6 +2040,23 @@ def test_the_chat_of_the_readme_sleeps_wakes_and_survives_a_reload(name):
         all_hear("server: Server shutting down.")
 
 
+@table("half", ["", "import hibernate\n"])
+def test_a_program_of_which_only_a_part_is_there_is_no_reason_to_end(half):
+    """As a full disk leaves it: it does nothing, and so no mistake."""
+    with Chat("hibernate") as server, socket.create_connection(("127.0.0.1", server.port)) as sock:
+        server.allow = "refused: "
+        file = sock.makefile("rw", encoding="utf-8")
+        program = (server.dir / "chat.py").read_text()
+        (server.dir / "chat.py").write_text(half)
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "refused: " in server.log())
+        (server.dir / "chat.py").write_text(program)
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "reloading" in server.log())
+        print("ann", file=file, flush=True)
+        assert [file.readline() for _ in "12"] == ["Your name?\n", "ann: has entered\n"]
+
+
 # ------------------------------------------------------------------------------------------------
 # 7  Resources that run out
 # ------------------------------------------------------------------------------------------------
