@@ -1043,7 +1043,7 @@ class Client:
         self.settle(dry)
 
     def perform(self, item: bytes | Ask | Pause | Move) -> None:
-        if isinstance(item, bytes):
+        if not isinstance(item, Ask | Pause | Move):  # bytes, or a bytearray cut off `buffer`
             self.output += item
             return
         self.phase = Phase.WAITING

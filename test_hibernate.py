@@ -2040,6 +2040,12 @@ def test_the_chat_of_the_readme_sleeps_wakes_and_survives_a_reload(name):
         all_hear("server: Server shutting down.")
 
 
+def test_what_a_session_cuts_off_its_buffer_may_be_its_answer():
+    patch = "def opened(self):\n yield bytearray(b'* OK hello\\r\\n')"
+    with PatchedServer(patch=f"{patch}\nhibernate.ImapSession.opened = opened") as server:
+        assert Imap(server).greeting == "* OK hello"
+
+
 @table("half", ["", "import hibernate\n"])
 def test_a_program_of_which_only_a_part_is_there_is_no_reason_to_end(half):
     """As a full disk leaves it: it does nothing, and so no mistake."""
