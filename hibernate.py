@@ -1216,10 +1216,12 @@ class Client:
         if self.service.draining:
             self.close("server was shut down", farewell=True)
             return
+        wait = max(0.0, AWAKE_TIME - self.session.config.hibernate_timeout)
         if reason not in RETRIED | {"changed"}:
             log.warning("<%s> stays awake: %r", self.session.sid, reason)
+            wait = REST_TIME  # it will be no other while the client says nothing
         self.pump()
-        self.rested += max(0.0, AWAKE_TIME - self.session.config.hibernate_timeout)
+        self.rested += wait
 
     def close(self, reason: str, farewell: bool = False) -> None:
         """End the session, whatever it was doing; at any time, and twice."""

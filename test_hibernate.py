@@ -1446,6 +1446,18 @@ def test_a_swapped_a_late_and_a_malformed_hand_over_are_refused(server, sender):
     eventually(lambda: server.log().count("refused") >= 12)
 
 
+def test_what_is_too_long_to_sleep_is_said_once_for_each_rest_of_its_client():
+    with PatchedServer(patch="hibernate.AWAKE_TIME = 0.1") as server:
+        with Imap(server, "alice") as client:
+            client.cmd(f"CREATE {'x' * 200}")
+            client.cmd(f"SELECT {'x' * 200}")
+            for count in (1, 2):
+                eventually(lambda: server.log().count("stays awake: 'more than") == count)
+                select.select((), (), (), 1.0)
+                assert server.log().count("stays awake: ") == count
+                client.cmd("NOOP")
+
+
 def test_a_thousand_channels_that_never_speak_are_no_more_than_a_delay():
     many_descriptors(1400)
     with PatchedServer(patch="hibernate.SPEAK_TIME = 1.0") as server:
