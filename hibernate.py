@@ -809,7 +809,8 @@ class Session:
 
     @classmethod
     def prepare(cls, config: Config) -> None:
-        """Called in each process before it gives up root's rights; OSError is no matter."""
+        """Called in each process before it gives up root's rights; OSError is no matter. What it
+        opens is closed in a twin."""
 
     def opened(self) -> Reply:
         """A new connection: the greeting."""
