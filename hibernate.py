@@ -4751,15 +4751,19 @@ def control(config: Config, options: argparse.Namespace) -> None:
     """Send one command to the master, print what comes back until the connection's end."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(10)
+        text = b""
         try:
             sock.connect(config.inbox("master"))
-        except (FileNotFoundError, ConnectionRefusedError):
-            raise Failure(75, f"hibernate is not running in {config.base_dir}") from None
-        sock.send(f"{options.command} {options.operand}".strip().encode())
-        text = b""
-        with contextlib.suppress(TimeoutError):  # of who does not answer; the others have
+            sock.send(f"{options.command} {options.operand}".strip().encode())
             while data := sock.recv(1 << 20):
                 text += data
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise Failure(75, f"hibernate is not running in {config.base_dir}") from None
+        except (ConnectionResetError, BrokenPipeError):  # a reload came before it was heard
+            return control(config, options)
+        except TimeoutError:  # of who does not answer; the others have
+            if not text:
+                raise Failure(75, f"hibernate does not answer in {config.base_dir}") from None
     if text.startswith(b"refused"):
         raise Failure(78, text.decode())
     if options.command in ("reload", "stop"):

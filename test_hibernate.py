@@ -2762,6 +2762,36 @@ def test_who_asks_while_a_process_is_forked_hears_the_end_of_the_answer():
             assert answer.count(b'"service"') == 3, answer
 
 
+def test_a_command_that_meets_a_reload_is_said_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "c").write_text("base_dir = run\n")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as master:
+        master.settimeout(PATIENCE)
+        master.bind(str(tmp_path / "run" / "master"))
+        master.listen()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            said = pool.submit(program, "-c", tmp_path / "c", "kick", "alice")
+            with master.accept()[0] as unread:
+                assert select.select([unread], (), (), PATIENCE)[0]
+            with master.accept()[0] as sock:
+                assert sock.recv(99) == b"kick alice"
+                sock.send(b'{"kicked": 3}\n')
+            assert said.result().stdout == b"3 sessions ended\n"
+
+
+def test_a_master_that_is_stopped_is_not_one_with_nothing_to_tell():
+    patch = (
+        "limit = hibernate.socket.socket.settimeout\n"
+        "hibernate.socket.socket.settimeout = lambda sock, _: limit(sock, 0.5)"
+    )
+    with PatchedServer(patch=patch) as server:
+        os.kill(server.process.pid, signal.SIGSTOP)
+        done = server.run("status")
+        os.kill(server.process.pid, signal.SIGCONT)
+        assert done.returncode == 75 and b"does not answer" in done.stderr, done
+        assert server.run("status").returncode == 0
+
+
 def test_stop_ends_the_server_and_then_nothing_is_running():
     with Server() as server:
         client = Imap(server, "alice")
