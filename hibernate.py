@@ -2140,7 +2140,7 @@ class Keeper(Service):
         os.dup2(theirs.fileno(), ours.fileno(), inheritable=False)
         theirs.close()
         self.loop.close()
-        for handler in (*log.handlers, *log.root.handlers):
+        for handler in log.handlers:
             handler.close()  # its next line opens a log file anew, standard error stays open
         kept = {0, 1, 2, ours.fileno(), self.channel.fileno(), self.inbox.fileno()}
         copies = bytearray(state in LIVING for state in self.slot_states())
@@ -4666,22 +4666,11 @@ def main(arguments: list[str]) -> int:
         return 64 if end.code else 0
     except Failure as error:
         status, reason = error.status, str(error)
-    except OSError as error:  # a socket's has no name
+    except (PermissionError, FileNotFoundError) as error:
         status = 77 if isinstance(error, PermissionError) else 69
-        reason = f"{error.filename or config.base_dir}: {error.strerror}"
+        reason = f"{error.filename}: {error.strerror}"
     print(reason, file=sys.stderr)
     return status
-
-
-class LogFile(WatchedFileHandler):
-    """A line that its file can't take goes to standard error: no session is lost for it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            super().emit(record)
-        except OSError as error:  # of opening it anew: with less rights, or a folder that is gone
-            with contextlib.suppress(OSError):
-                print(f"{self.format(record)} ({error})", file=sys.stderr, flush=True)
 
 
 def serve(config: Config, options: argparse.Namespace) -> None:
@@ -4689,14 +4678,12 @@ def serve(config: Config, options: argparse.Namespace) -> None:
     if len(" ".join(sys.orig_argv)) < 80 and os.path.exists("/proc/self/stat"):
         os.execv(sys.executable, [*sys.orig_argv, "--title-room=" + "." * 80])
     os.umask(0o077)
-    first = INHERIT not in os.environ
-    handler: logging.Handler = logging.StreamHandler()
-    if config.log_path:
-        handler = LogFile(config.log_path, delay=not first)  # after a reload nothing may fail
+    handler = WatchedFileHandler(config.log_path) if config.log_path else logging.StreamHandler()
     layout = "%(asctime)s %(processName)s[%(process)d] %(levelname)s %(message)s"
     logging.basicConfig(handlers=[handler], format=layout, level=logging.INFO)
     logging._srcfile = None  # to look for the calling line is a third of a line's cost (HOWTO)
     multiprocessing.current_process().name = "master"
+    first = INHERIT not in os.environ
     lines = [] if config.path or not first else make_demo(config)
     if not config.path:
         config.values["passwd_file"] = config.inbox("demo-users")
@@ -4751,19 +4738,15 @@ def control(config: Config, options: argparse.Namespace) -> None:
     """Send one command to the master, print what comes back until the connection's end."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(10)
-        text = b""
         try:
             sock.connect(config.inbox("master"))
-            sock.send(f"{options.command} {options.operand}".strip().encode())
-            while data := sock.recv(1 << 20):
-                text += data
         except (FileNotFoundError, ConnectionRefusedError):
             raise Failure(75, f"hibernate is not running in {config.base_dir}") from None
-        except (ConnectionResetError, BrokenPipeError):  # a reload came before it was heard
-            return control(config, options)
-        except TimeoutError:  # of who does not answer; the others have
-            if not text:
-                raise Failure(75, f"hibernate does not answer in {config.base_dir}") from None
+        sock.send(f"{options.command} {options.operand}".strip().encode())
+        text = b""
+        with contextlib.suppress(TimeoutError):  # of who does not answer; the others have
+            while data := sock.recv(1 << 20):
+                text += data
     if text.startswith(b"refused"):
         raise Failure(78, text.decode())
     if options.command in ("reload", "stop"):
