@@ -115,6 +115,7 @@ OUTPUT_HIGH = 64 * 1024  # a reply pauses while this much waits for a slow clien
 BURST = 32  # chunks of one session's replies before the others have a turn
 LOOK_TIME = 0.05  # seconds between two looks at the siblings' SO_REUSEPORT sockets
 FULL_TIME = 10.0  # seconds that connections wait while all processes are full
+THROTTLE = 2, 60  # seconds without a fork after one that failed: the first time and at most
 REST_TIME = 30 * 60.0  # seconds without a command until log-out (RFC 3501 5.4)
 
 log = logging.getLogger("hibernate")
@@ -2085,7 +2086,7 @@ class Keeper(Service):
                 process.start()
             except OSError as error:
                 log.error("no twin: %s", error.strerror)
-                self.loop.later(1.0, self.spawn_twin)
+                self.loop.later(THROTTLE[0], self.spawn_twin)
             else:
                 sockets.pop_all()
                 theirs.close()
@@ -2248,7 +2249,6 @@ class Keeper(Service):
 BIND_TIME = 5.0  # seconds in which a predecessor may give up its port or its lock
 CHECK_TIME = 10.0  # seconds for new code to read its configuration
 STOP_TIME = 5  # seconds for the farewells of a stop
-THROTTLE = 2, 60  # seconds: the first delay and the longest
 INHERIT = "HIBERNATE_INHERIT"  # environment: {what: descriptors} that an exec keeps
 
 
