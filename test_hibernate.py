@@ -714,6 +714,20 @@ class Clone(Server):
             shutil.rmtree(self.outside, ignore_errors=True)
 
 
+def test_a_configuration_that_was_added_is_held_to_what_a_reload_can_do():
+    with the_default_port(), Clone() as server, Imap(server, "demo") as client:
+        server.allow = "refused: "
+        server.configuration.write_text("base_dir = elsewhere\n")
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "refused: hibernate.conf:1: base_dir can't change" in server.log())
+        client.cmd("NOOP")
+        server.configuration.write_text("verbose_proctitle = no\n")
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: server.titles("imap") == ["hibernate/imap"])
+        client.cmd("NOOP")
+        server.configuration.unlink()
+
+
 def test_without_a_configuration_it_serves_a_demo_user_and_leaves_nothing_git_would_see():
     with the_default_port(), Clone() as server:
         assert server.said[:2] == ["listening imap 127.0.0.1:1143", "user: demo"]
@@ -739,20 +753,6 @@ def test_without_a_configuration_it_serves_a_demo_user_and_leaves_nothing_git_wo
         assert server.password != first
         with Imap(server, "demo") as client:
             assert "* 1 EXISTS" in client.cmd("SELECT INBOX")
-
-
-def test_a_configuration_that_was_added_is_held_to_what_a_reload_can_do():
-    with the_default_port(), Clone() as server, Imap(server, "demo") as client:
-        server.allow = "refused: "
-        server.configuration.write_text("base_dir = elsewhere\n")
-        server.process.send_signal(signal.SIGHUP)
-        eventually(lambda: "refused: hibernate.conf:1: base_dir can't change" in server.log())
-        client.cmd("NOOP")
-        server.configuration.write_text("verbose_proctitle = no\n")
-        server.process.send_signal(signal.SIGHUP)
-        eventually(lambda: server.titles("imap") == ["hibernate/imap"])
-        client.cmd("NOOP")
-        server.configuration.unlink()
 
 
 def test_it_is_ready_within_a_second():
