@@ -2233,14 +2233,12 @@ def test_without_inotify_the_slower_way_is_taken_and_said_once():
         assert 1 <= server.log().count("inotify: ") <= 2  # once in each process that watches
 
 
-def test_a_folder_that_has_vanished_is_not_taken_for_a_lack_of_watches(hibernate, caplog):
-    watcher = hibernate.Watcher(hibernate.Loop(), print)
-    watcher.add("/nowhere/at/all", 99)
-    assert not caplog.text
-    os.close(watcher.fd)
-    watcher.add("/", 99)
-    assert "inotify: Bad file descriptor; looking at times" in caplog.text
-    watcher.loop.close()
+def test_a_folder_that_has_vanished_is_not_taken_for_a_lack_of_watches():
+    patch = "hibernate.ImapSession.watch_dirs = ('new', 'vanished')"
+    with PatchedServer(patch=patch) as server, Imap(server, "alice") as client:
+        client.cmd("SELECT INBOX")
+        client.done(client.idle())
+        assert "inotify" not in server.log()
 
 
 WORDS = [
