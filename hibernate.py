@@ -91,7 +91,7 @@ from weakref import WeakValueDictionary
 
 __all__ = [
     "Ask", "Config", "ConfigError", "Master", "Move", "Pause", "Program", "Role", "Session",
-    "Setting", "main",
+    "Setting", "main", "ticket",
 ]  # fmt: skip
 __version__ = "0.1"
 
@@ -115,6 +115,7 @@ OUTPUT_HIGH = 64 * 1024  # a reply pauses while this much waits for a slow clien
 BURST = 32  # chunks of one session's replies before the others have a turn
 LOOK_TIME = 0.05  # seconds between two looks at the siblings' SO_REUSEPORT sockets
 FULL_TIME = 10.0  # seconds that connections wait while all processes are full
+THROTTLE = 2, 60  # seconds without a fork after one that failed: the first time and at most
 REST_TIME = 30 * 60.0  # seconds without a command until log-out (RFC 3501 5.4)
 
 log = logging.getLogger("hibernate")
@@ -207,6 +208,7 @@ UNITS: dict[str, dict[str, float]] = {  # any beginning of a name will do
     "time": {"secs": 1.0, "seconds": 1.0, "mins": 60.0, "minutes": 60.0, "msecs": 0.001,
              "hours": 3600.0, "days": 86400.0},
 }
+CHECKING = "HIBERNATE_CHECKING"  # environment: say, by the same word, that it was read
 RANGES = {"count": range(1, 10**9), "number": range(10**9), "port": range(65536)}
 BLOCKS = ("service", "inet_listener", "")  # in the file, in a service, in a listener
 
@@ -283,9 +285,11 @@ class Section:
 class Config(Section):
     """All settings of a program; without a file, the defaults. ConfigError names a mistake."""
 
-    def __init__(self, program: Program, path: str = "") -> None:
+    def __init__(self, program: Program, path: str = "", usual: str = "") -> None:
+        """Without a path the file `usual` is read, if there is one by then: see reload()."""
         super().__init__((*SETTINGS, *program.settings), program.prefix)
-        self.program, self.path = program, path
+        self.program, self.usual = program, usual
+        self.path = path = path or usual * os.path.exists(usual)
         self.folder = os.path.abspath(os.path.dirname(path))
         for role in program.roles:
             texts = *role.limits, "", ""
@@ -298,6 +302,8 @@ class Config(Section):
         except OSError as error:
             self.fail(0, str(error.strerror))
         self.finish()
+        if CHECKING in os.environ:
+            print(CHECKING)
 
     def inbox(self, service: str) -> str:
         return os.path.join(self.base_dir, service)
@@ -360,6 +366,11 @@ class Config(Section):
 # ------------------------------------------------------------------------------------------------
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+def close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 @dataclass(slots=True)
@@ -494,11 +505,6 @@ def identity(sock: socket.socket) -> str:
     except OSError:
         number = os.fstat(sock.fileno()).st_ino
     return f"{number}{sock.getpeername()}{sock.getsockname()}".replace(" ", "")
-
-
-def close_all(fds: Iterable[int]) -> None:
-    for fd in fds:
-        os.close(fd)
 
 
 def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
@@ -785,9 +791,9 @@ class Mover:
 
 
 # What a session may yield besides bytes:
-Ask = NamedTuple("Ask", [("service", str), ("message", bytes)])  # a question; gives the answer
+Ask = NamedTuple("Ask", [("service", str), ("message", bytes)])  # gives the answer, or ""
 Pause = NamedTuple("Pause", [("seconds", float)])  # go on later, execute nothing meanwhile
-Move = NamedTuple(  # go on in another service; comes back only with the reason why not
+Move = NamedTuple(  # go on in another service, by a ticket(); gives only the reason why not
     "Move", [("service", str), ("ticket", str), ("seal", str), ("answer", str)]
 )
 Reply = Generator["bytes | Ask | Pause | Move", Any, None]
@@ -798,7 +804,8 @@ class Session:
 
     The engine appends input to `buffer` and calls step() until that returns None. What the
     session wants it yields: bytes, Ask, Pause, Move. `ended = reason` closes the connection when
-    all is sent; a non-empty `tag` says that it listens for changes below home/folder.
+    all is sent. Before it has a `user` it can't sleep, and login_timeout ends it; a non-empty
+    `tag` says that it listens for changes below home/folder.
     """
 
     input_limit = 64 * 1024  # no more is read from the client while this much is in `buffer`
@@ -807,8 +814,8 @@ class Session:
     still_here = b""  # keepalive for who listens
 
     config: Config  # these are set by the engine, before any call
-    key = b""
-    sid = user = remote = home = identity = ""
+    key = b""  # what tickets are sealed with, if the role is trusted
+    sid = user = remote = home = identity = ""  # the last: of the connection, for its ticket
     since = 0  # unix time of the log-in
     times: Sequence[int] = ()
 
@@ -818,7 +825,8 @@ class Session:
 
     @classmethod
     def prepare(cls, config: Config) -> None:
-        """Called in each process before it gives up root's rights; OSError is no matter."""
+        """Called in each process before it gives up root's rights; OSError is no matter. What it
+        opens is closed in a twin."""
 
     def opened(self) -> Reply:
         """A new connection: the greeting."""
@@ -841,6 +849,7 @@ class Session:
         return True
 
     def freeze(self) -> list[Any]:
+        """As JSON. With more than some 100 bytes it is too much for a sleeper: see TEXT_SIZE."""
         return []
 
     def thaw(self, own: list[Any]) -> None:
@@ -848,12 +857,14 @@ class Session:
         `times` are those that watch() has told."""
 
     def watch(self) -> tuple[str, tuple[int, ...]] | None:
-        """(folder, st_mtime_ns of each of watch_dirs as it was before the last look), or None."""
+        """(folder, st_mtime_ns of each of watch_dirs as it was before the last look), or None;
+        the folder is one name, or "" for the home itself."""
         return None
 
     @classmethod
     def peeked(cls, tag: str, data: bytes) -> tuple[bytes, int, str] | None:
-        """What a sleeper answers by itself: (answer, bytes used up, new tag); None: wake it."""
+        """What a sleeper answers by itself: (answer, bytes used up, new tag); None: wake it.
+        Of more than 512 bytes these are the first."""
         return None
 
     @classmethod
@@ -905,12 +916,13 @@ class Watcher:
         if number >= 0:
             number = self.libc.inotify_add_watch(self.fd, os.fsencode(path), self.MASK)
         if number < 0:
-            number = self.POLLED
-            if not self.warned:
-                log.warning("inotify: %s; looking at times", os.strerror(ctypes.get_errno()))
+            number, reason = self.POLLED, ctypes.get_errno()
+            if not self.warned and reason != errno.ENOENT:  # that is a folder's own fate
+                log.warning("inotify: %s; looking at times", os.strerror(reason))
+                self.warned = True
             if not self.polling:
                 self.loop.later(self.POLL, self.poll)
-            self.warned = self.polling = True
+            self.polling = True
         if number in has:  # to look through all the sessions of a mailbox would take long
             return number
         known = self.sessions.setdefault(number, fd)
@@ -1053,7 +1065,7 @@ class Client:
         self.settle(dry)
 
     def perform(self, item: bytes | Ask | Pause | Move) -> None:
-        if isinstance(item, bytes):
+        if not isinstance(item, Ask | Pause | Move):  # bytes, or a bytearray cut off `buffer`
             self.output += item
             return
         self.phase = Phase.WAITING
@@ -1111,9 +1123,10 @@ class Client:
 
     def rest(self) -> None:
         """Nothing to execute, nothing to send: listen, sleep later, or move on now."""
+        leaves = self.service.draining and not self.service.role.requests  # a question stays
         if self.eof:
             self.close("client closed the connection")
-        elif self.service.draining and self.session.movable() and self.fits():
+        elif leaves and self.session.movable() and self.fits():
             self.depart(self.service.role.name, self.session.config.orphan_timeout)
         else:
             if self.listen():  # not at once, but when times that are young have settled
@@ -1237,10 +1250,12 @@ class Client:
         if self.service.draining:
             self.close("server was shut down", farewell=True)
             return
+        wait = max(0.0, AWAKE_TIME - self.session.config.hibernate_timeout)
         if reason not in RETRIED | {"changed"}:
             log.warning("<%s> stays awake: %r", self.session.sid, reason)
+            wait = REST_TIME  # it will be no other while the client says nothing
         self.pump()
-        self.rested += max(0.0, AWAKE_TIME - self.session.config.hibernate_timeout)
+        self.rested += wait
 
     def close(self, reason: str, farewell: bool = False) -> None:
         """End the session, whatever it was doing; at any time, and twice."""
@@ -2265,7 +2280,6 @@ class Keeper(Service):
 BIND_TIME = 5.0  # seconds in which a predecessor may give up its port or its lock
 CHECK_TIME = 10.0  # seconds for new code to read its configuration
 STOP_TIME = 5  # seconds for the farewells of a stop
-THROTTLE = 2, 60  # seconds: the first delay and the longest
 INHERIT = "HIBERNATE_INHERIT"  # environment: {what: descriptors} that an exec keeps
 
 
@@ -2649,11 +2663,13 @@ class Master:
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         command = [sys.executable, *sys.orig_argv[1:]]
         try:
-            check = subprocess.run([*command, "--check"], capture_output=True, timeout=CHECK_TIME)
-            if check.returncode:
+            check = subprocess.run([*command, "--check"], capture_output=True, timeout=CHECK_TIME,
+                                   env={**os.environ, CHECKING: "1"})
+            # Of a file that was copied to a full disk nothing may be left, not even a mistake.
+            if check.returncode or CHECKING.encode() not in check.stdout:
                 text = check.stderr[:4000].decode("utf-8", "replace").strip()
-                raise Failure(78, text or f"the check ended with {check.returncode}")
-            config = Config(self.config.program, self.config.path)
+                raise Failure(78, text or f"the check failed, status {check.returncode}")
+            config = Config(self.config.program, self.config.path, self.config.usual)
             if config.base_dir != self.config.base_dir:
                 config.fail(config.lines["base_dir"], "base_dir can't change: sessions live in it")
             self.prepare_directory()
@@ -2692,7 +2708,8 @@ def notify(text: str) -> None:
 #
 # Messages and their flags are the files of a Maildir, so that any delivery agent fills it and any
 # other reader shares it. What files can't say (UIDs, keywords, MODSEQs, what was expunged) is in
-# one SQLite file per user, which may be deleted at any time: it costs new UIDVALIDITYs, no mail.
+# one SQLite file per user, which may be deleted at any time: it costs new UIDVALIDITYs and the
+# keywords, no mail.
 #
 # Each transaction has a stamp: the time in seconds, or one more than the last. UIDVALIDITYs and
 # MODSEQs are stamps, so that they only grow. The last one is also the time of `hibernate.uids`: an
@@ -3697,6 +3714,16 @@ def read_secret(stored: str) -> Secret:
         encode_password(scheme, given, raw, int(rounds)).encode("utf-8", "surrogateescape"))
 
 
+def home_of(config: Config, user: str) -> str:
+    """Where mail_location puts the user's Maildir; ValueError for a name that could leave it."""
+    if not re.fullmatch(r"[\w@+=-][\w.@+=-]{0,127}", user, re.ASCII) or ".." in user:
+        raise ValueError(f"{user!r} is not a user name")
+    name, _, domain = user.partition("@")
+    values = {"u": user, "n": name, "d": domain, "%": "%"}
+    path = re.sub("%(.)", lambda m: values.get(m[1], m[0]), config.mail_location)
+    return os.path.normpath(os.path.join(config.folder, path.removeprefix("maildir:")))
+
+
 @lru_cache(1)
 def read_passwords(config: Config, version: object) -> dict[str, tuple[Secret, str]]:
     """Dovecot's passwd-file, read again when its `version` has changed: secret and home of each
@@ -3760,7 +3787,7 @@ class AuthSession(Session):
             return ["ok", user, *ticket(self.key, identity, sid, user, remote, home)]
         if rounds < dearest[0]:  # a refusal takes as long as the dearest
             dearest[1](password)
-        log.info("<%s> auth: wrong password or no such user: %.64r", sid, name)
+        log.info("<%s> %s wrong password or no such user: %.64r", sid, remote, name)
         return []
 
 
@@ -4706,16 +4733,6 @@ deliver a message to this Maildir, or send DONE, and it wakes.
 """
 
 
-def home_of(config: Config, user: str) -> str:
-    """Where mail_location puts the user's Maildir; ValueError for a name that could leave it."""
-    if not re.fullmatch(r"[\w@+=-][\w.@+=-]{0,127}", user, re.ASCII) or ".." in user:
-        raise ValueError(f"{user!r} is not a user name")
-    name, _, domain = user.partition("@")
-    values = {"u": user, "n": name, "d": domain, "%": "%"}
-    path = re.sub("%(.)", lambda m: values.get(m[1], m[0]), config.mail_location)
-    return os.path.normpath(os.path.join(config.folder, path.removeprefix("maildir:")))
-
-
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     rows = [f"  {name} {operand}".ljust(22) + text for name, (operand, text) in COMMANDS.items()]
     parser = argparse.ArgumentParser(
@@ -4741,8 +4758,8 @@ def main(arguments: list[str]) -> int:
     """The command line; returns the exit status of sysexits(3)."""
     try:
         options = parse_arguments(arguments)
-        usual = "hibernate.conf" if os.path.exists("hibernate.conf") else ""
-        config = Config(PROGRAM, usual if options.file is None else options.file)
+        usual = "hibernate.conf" if options.file is None else ""
+        config = Config(PROGRAM, options.file or "", usual)
         if not config.mail_location.startswith("maildir:"):
             config.fail(config.lines["mail_location"], "mail_location: only maildir:PATH is known")
         if options.dump:
@@ -4823,9 +4840,13 @@ def make_password(config: Config, options: argparse.Namespace) -> None:
 
 def deliver_message(config: Config, options: argparse.Namespace) -> None:
     os.umask(0o077)
+    user = options.operand.lower()  # as at a log-in, which may know another home, too
+    with contextlib.suppress(OSError):  # who delivers need not be able to read the passwd-file
+        AuthSession.prepare(config)
+    _, home = AuthSession.users.get(user, ("", ""))
     try:
         drop_privileges(config.sections["imap"])  # what root puts there that user could not read
-        deliver(home_of(config, options.operand), sys.stdin.buffer)
+        deliver(home or home_of(config, user), sys.stdin.buffer)
     except ValueError as error:
         raise Failure(64, error) from None
     except OSError as error:  # 75, EX_TEMPFAIL: a mail server keeps the message and tries again

@@ -18,11 +18,13 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import bisect
 import builtins
 import collections
 import concurrent.futures
 import contextlib
 import ctypes
+import dis
 import doctest
 import imaplib
 import importlib.util
@@ -606,6 +608,21 @@ def test_the_engine_names_no_protocol_and_nothing_of_the_parts_behind_it():
     assert not {name: line for name, line in used.items() if name not in bound}
 
 
+def test_a_part_uses_only_the_parts_above_it():
+    text = PROGRAM.read_text()
+    parts, defined, codes = [*part_lines().values()], {}, [compile(text, "", "exec")]
+    part = lambda line: bisect.bisect(parts, line)  # noqa: E731
+    for node in ast.parse(text).body:
+        targets = (getattr(target, "id", "") for target in getattr(node, "targets", ()))
+        defined |= dict.fromkeys((getattr(node, "name", ""), *targets), node.lineno)
+    for code in codes:
+        codes += [inner for inner in code.co_consts if hasattr(inner, "co_code")]
+        for step in dis.get_instructions(code):
+            if step.opname == "LOAD_GLOBAL" and step.argval in defined:
+                where = code.co_firstlineno
+                assert part(defined[step.argval]) <= part(where), (step.argval, where)
+
+
 IMPORT = """
 import logging, multiprocessing, os, resource, signal, sys, threading
 def state():
@@ -695,6 +712,20 @@ class Clone(Server):
             super().__exit__(*error)
         finally:
             shutil.rmtree(self.outside, ignore_errors=True)
+
+
+def test_a_configuration_that_was_added_is_held_to_what_a_reload_can_do():
+    with the_default_port(), Clone() as server, Imap(server, "demo") as client:
+        server.allow = "refused: "
+        server.configuration.write_text("base_dir = elsewhere\n")
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "refused: hibernate.conf:1: base_dir can't change" in server.log())
+        client.cmd("NOOP")
+        server.configuration.write_text("verbose_proctitle = no\n")
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: server.titles("imap") == ["hibernate/imap"])
+        client.cmd("NOOP")
+        server.configuration.unlink()
 
 
 def test_without_a_configuration_it_serves_a_demo_user_and_leaves_nothing_git_would_see():
@@ -1516,6 +1547,18 @@ def test_a_swapped_a_late_and_a_malformed_hand_over_are_refused(server, sender):
     eventually(lambda: server.log().count("refused") >= 12)
 
 
+def test_what_is_too_long_to_sleep_is_said_once_for_each_rest_of_its_client():
+    with PatchedServer(patch="hibernate.AWAKE_TIME = 0.1") as server:
+        with Imap(server, "alice") as client:
+            client.cmd(f"CREATE {'x' * 200}")
+            client.cmd(f"SELECT {'x' * 200}")
+            for count in (1, 2):
+                eventually(lambda: server.log().count("stays awake: 'more than") == count)
+                select.select((), (), (), 1.0)
+                assert server.log().count("stays awake: ") == count
+                client.cmd("NOOP")
+
+
 def test_a_thousand_channels_that_never_speak_are_no_more_than_a_delay():
     many_descriptors(1400)
     with PatchedServer(patch="hibernate.SPEAK_TIME = 1.0") as server:
@@ -1976,6 +2019,20 @@ def test_reload_under_load_drops_nothing_and_brings_all_into_the_new_generation(
         all_hear_their_mail(server, clients, users, 1)
 
 
+def test_a_log_in_that_comes_to_auth_during_a_reload_is_answered():
+    with Server() as server, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+        asking.settimeout(PATIENCE)
+        asking.connect(str(server.dir / "hibernate.run" / "auth"))
+        eventually(lambda: server.held("auth"))
+        before = set(server.pids("auth"))
+        assert server.run("reload").returncode == 0
+        eventually(lambda: set(server.pids("auth")) - before)
+        asking.send(json.dumps(["", "", "", "alice", "secret"]).encode())
+        assert json.loads(asking.recv(9999))[:2] == ["ok", "alice"]
+        eventually(lambda: not before & set(server.pids("auth")))
+        assert "request refused" not in server.log()
+
+
 def test_sleepers_for_whom_a_reload_leaves_no_room_are_awake_afterwards():
     limits = "service imap-hibernate {\n process_limit = 1\n client_limit = 30\n}"
     with Server(f"orphan_timeout = 3 s\n{limits}") as server:
@@ -2263,6 +2320,29 @@ def test_the_chat_of_the_readme_sleeps_wakes_and_survives_a_reload(name):
         all_hear("server: Server shutting down.")
 
 
+def test_what_a_session_cuts_off_its_buffer_may_be_its_answer():
+    patch = "def opened(self):\n yield bytearray(b'* OK hello\\r\\n')"
+    with PatchedServer(patch=f"{patch}\nhibernate.ImapSession.opened = opened") as server:
+        assert Imap(server).greeting == "* OK hello"
+
+
+@table("half", ["", "import hibernate\n"])
+def test_a_program_of_which_only_a_part_is_there_is_no_reason_to_end(half):
+    """As a full disk leaves it: it does nothing, and so no mistake."""
+    with Chat("hibernate") as server, socket.create_connection(("127.0.0.1", server.port)) as sock:
+        server.allow = "refused: "
+        file = sock.makefile("rw", encoding="utf-8")
+        program = (server.dir / "chat.py").read_text()
+        (server.dir / "chat.py").write_text(half)
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "refused: " in server.log())
+        (server.dir / "chat.py").write_text(program)
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "reloading" in server.log())
+        print("ann", file=file, flush=True)
+        assert [file.readline() for _ in "12"] == ["Your name?\n", "ann: has entered\n"]
+
+
 # ------------------------------------------------------------------------------------------------
 # 7  Resources that run out
 # ------------------------------------------------------------------------------------------------
@@ -2500,6 +2580,14 @@ def test_without_inotify_the_slower_way_is_taken_and_said_once():
         client.until(r"^\* 1 EXISTS$")
         falls_asleep(server, "alice")
         assert 1 <= server.log().count("inotify: ") <= 2  # once in each process that watches
+
+
+def test_a_folder_that_has_vanished_is_not_taken_for_a_lack_of_watches():
+    patch = "hibernate.ImapSession.watch_dirs = ('new', 'vanished')"
+    with PatchedServer(patch=patch) as server, Imap(server, "alice") as client:
+        client.cmd("SELECT INBOX")
+        client.done(client.idle())
+        assert "inotify" not in server.log()
 
 
 WORDS = [
@@ -3253,6 +3341,16 @@ def test_deliver_puts_a_message_where_it_belongs(server, user):
     assert not (server.dir / "evil").exists()
 
 
+def test_deliver_finds_the_mail_of_a_user_where_a_log_in_finds_it(tmp_path):
+    with Server() as server:
+        (server.dir / "users").write_text(f"alice:{{PLAIN}}secret::::{tmp_path}\n")
+        with Imap(server, "alice") as client:
+            client.cmd("SELECT INBOX")
+            assert server.run("deliver", "Alice", input=message()).returncode == 0
+            client.cmd("NOOP")
+            assert "hello" in "".join(client.cmd("FETCH 1 BODY[HEADER]"))
+
+
 def test_passwd_makes_entries_that_log_in():
     with Server("auth_failure_delay = 1 msecs") as server:
         lines, schemes = [], ([], ["SSHA512"], ["PBKDF2"], ["PLAIN"], ["ROT13"])
@@ -3466,6 +3564,8 @@ def test_a_wrong_password_is_answered_late_and_holds_up_nobody():
             assert client.line().startswith("x NO [AUTHENTICATIONFAILED]")
             assert time.monotonic() - start >= 1
             client.cmd(f"LOGIN alice {server.password}")
+        for name in ("alice", "nobody"):  # with the address, for who bans by the log
+            assert re.search(rf"auth.* 127\.0\.0\.1:\d+ wrong password.* '{name}'", server.log())
 
 
 @table("text", ["x", "!!!!", "*", "YWxpY2U=", "AAA=", plain("alice", "wrong"),
