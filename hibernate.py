@@ -906,7 +906,9 @@ class Watcher:
         self.sessions: dict[int, int | array[int]] = {}  # sets would take 216 or 728 bytes each
         self.polling = self.warned = False
         self.libc = ctypes.CDLL(None, use_errno=True)
-        self.fd: int = self.libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.fd = -1
+        with contextlib.suppress(AttributeError):
+            self.fd = self.libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         if self.fd >= 0:
             loop.watch(self.fd, READ, self.readable)
 
@@ -1471,6 +1473,8 @@ class Service:
 
     def trusts(self, sock: socket.socket) -> bool:
         """Is the peer one of our processes? The kernel knows its user: SO_PEERCRED, unix(7)."""
+        if not hasattr(socket, "SO_PEERCRED"):
+            return True  # elsewhere the mode of base_dir is the only guard
         uid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
         if uid not in self.peers:
             log.warning("a process of user %d was turned away", uid)
@@ -1722,7 +1726,8 @@ def sealing_key(base_dir: str) -> bytes:
 
 def drop_privileges(settings: Section) -> None:
     """Become the service's user for good, if root; gain no rights by an exec. prctl(2)"""
-    ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     if os.getuid() == 0 and (settings.user or settings.group):
         account = pwd.getpwnam(settings.user or "root")
         group = grp.getgrnam(settings.group).gr_gid if settings.group else account.pw_gid
@@ -1812,6 +1817,8 @@ class Keeper(Service):
         self.slots = (Slot * count).from_buffer(self.memory)
         self.held = 0
         self.period = max(1, math.ceil(self.config.idle_notify_interval or 60))
+        self.peeker = self.peek  # one bound method for all, not 64 bytes for each
+        self.beds: Any = None
         self.twin: tuple[Any, Channel] | None = None  # its process, and the way to it
 
     def start(self, channel: socket.socket) -> None:
@@ -1820,8 +1827,10 @@ class Keeper(Service):
         self.waking: dict[int, str] = {}  # and why
         self.turns: dict[int, array[int]] = collections.defaultdict(partial(array, "i"))
         self.turned = int(time.monotonic())
-        self.beds = select.epoll()  # a key of selectors has 150 bytes
-        self.loop.watch(self.beds.fileno(), READ, self.peek_all)
+        # Where there is epoll(7), an inner one for the sleepers: a key of selectors has 150 bytes.
+        if hasattr(select, "epoll"):
+            self.beds = select.epoll()
+            self.loop.watch(self.beds.fileno(), READ, self.peek_all)
         self.loop.later(1.0, self.take_turns)
         self.spawn_twin()
 
@@ -1899,16 +1908,23 @@ class Keeper(Service):
     def make_bed(self, fd: int) -> None:
         """Before "+": epoll(7) may refuse it, see max_user_watches. Until "!" it tells one event
         at most."""
-        self.beds.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
+        if self.beds:
+            self.beds.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
 
     def tend(self, fd: int) -> None:
         """A sleeper is ours from now on."""
         self.turns[self.slots[fd].beat].append(fd)
-        self.beds.modify(fd, select.EPOLLIN)
+        if self.beds:
+            self.beds.modify(fd, select.EPOLLIN)
+        else:
+            self.loop.watch(fd, READ, self.peeker)
 
     def unwatch(self, fd: int) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.beds.unregister(fd)
+        if self.beds:
+            with contextlib.suppress(FileNotFoundError):
+                self.beds.unregister(fd)
+        else:
+            self.loop.unwatch(fd)
 
     def arm(self, fd: int, state: State) -> None:
         """Watch its mailbox and look, unless it is watched since hold() and has not stirred."""
@@ -2030,7 +2046,7 @@ class Keeper(Service):
     def parcel(self, fd: int) -> bytes | None:
         """Look whether the client is still there: nobody watches the descriptor meanwhile."""
         poll = select.poll()
-        poll.register(fd, select.POLLIN | select.POLLRDHUP)
+        poll.register(fd, select.POLLIN | getattr(select, "POLLRDHUP", 0))
         events = dict(poll.poll(0)).get(fd, 0)
         unread = False
         if events:
@@ -4147,8 +4163,8 @@ SEARCH_KEYS: dict[str, tuple[Any, ...]] = {
     "SENTON": (2, lambda m, day: m.message.sent_day() == day, Parser.day),
     "SENTSINCE": (2, lambda m, day: m.message.sent_day() >= day, Parser.day),
     "HEADER": (2, lambda m, name, text: m.has(name, text), Parser.sought, Parser.sought),
-    "BODY": (3, lambda m, text: text in m.message.text(False).casefold(), Parser.sought),
-    "TEXT": (3, lambda m, text: text in m.message.text(True).casefold(), Parser.sought),
+    "BODY": (3, lambda m, text: text in m.message.text(False), Parser.sought),
+    "TEXT": (3, lambda m, text: text in m.message.text(True), Parser.sought),
 }
 for _name in ("BCC", "CC", "FROM", "SUBJECT", "TO"):
     SEARCH_KEYS[_name] = 2, lambda m, text, name=_name: m.has(name, text), Parser.sought
