@@ -476,6 +476,7 @@ class Loop:
 
 SO_COOKIE = 57  # Linux: a number that no other socket of this boot has, socket(7)
 Heard = Callable[[Any, bytes, list[int]], None]  # the first one is the Channel
+Main = Callable[[socket.socket, socket.socket], None]  # of a new process: see fork()
 
 
 def end_socket(sock: socket.socket) -> None:
@@ -1736,6 +1737,33 @@ def drop_privileges(settings: Section) -> None:
         os.setuid(account.pw_uid)
 
 
+def open_pipes() -> set[int]:
+    found = set()
+    with contextlib.suppress(OSError):
+        for fd in map(int, os.listdir("/dev/fd")):
+            with contextlib.suppress(OSError):  # it was that of the directory itself
+                if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                    found.add(fd)
+    return found
+
+
+def fork(name: str, main: Main) -> tuple[Any, socket.socket, set[int]]:
+    """A process that runs main(our end, its own end) of a new channel: the process, our end, and
+    the pipes that multiprocessing keeps for it. OSError: there is none, and nothing is left."""
+    before = open_pipes()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=main, args=(ours, theirs), name=name)
+    try:
+        process.start()
+    except OSError:
+        if before:  # could be listed: multiprocessing forgets its pipes if the fork fails
+            close_all(open_pipes() - before)
+        raise
+    theirs.close()
+    return process, ours, open_pipes() - before
+
+
 class Title:
     """What ps shows: the argument area, whose bounds are in /proc/self/stat, proc(5)."""
 
@@ -2120,17 +2148,13 @@ class Keeper(Service):
         if not self.config.hibernate_twin or self.draining or self.twin:
             return
         try:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            process = multiprocessing.get_context("fork").Process(
-                target=self.guard, args=(ours, theirs), name=self.role.name)
-            process.start()
+            process, ours, _ = fork(self.role.name, self.guard)
         except OSError as error:
             log.error("no twin: %s", error.strerror)
             self.loop.later(THROTTLE[0], self.spawn_twin)
-            return
-        theirs.close()
-        self.twin = process, Channel(self.loop, ours, self.twin_ended)
-        self.slots[0].rest = int(time.monotonic())  # the twin's last sweep
+        else:
+            self.twin = process, Channel(self.loop, ours, self.twin_ended)
+            self.slots[0].rest = int(time.monotonic())  # the twin's last sweep
 
     def twin_ended(self, channel: Channel, message: bytes, fds: list[int]) -> None:
         close_all(fds)
@@ -2310,16 +2334,6 @@ class Child(Channel):
     reported = False
 
 
-def open_pipes() -> set[int]:
-    found = set()
-    with contextlib.suppress(OSError):
-        for fd in map(int, os.listdir("/dev/fd")):
-            with contextlib.suppress(OSError):  # it was that of the directory itself
-                if stat.S_ISFIFO(os.fstat(fd).st_mode):
-                    found.add(fd)
-    return found
-
-
 @dataclass(eq=False)
 class Pool:
     """The processes of one service, and what they listen on."""
@@ -2494,21 +2508,14 @@ class Master:
 
     def spawn(self, pool: Pool) -> None:
         slot = min({*range(len(pool.children) + 1)} - {child.slot for child in pool.children})
-        before = open_pipes()
         try:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            main = partial(self.child_main, pool, slot, ours, theirs)
-            process = multiprocessing.get_context("fork").Process(target=main, name=pool.role.name)
-            process.start()
+            process, ours, pipes = fork(pool.role.name, partial(self.child_main, pool, slot))
         except OSError as error:
-            if before:  # could be listed: multiprocessing forgets its pipes if the fork fails
-                close_all(open_pipes() - before)
             log.error("service %s: fork: %s", pool.role.name, error.strerror)
             return self.throttle(pool)
-        theirs.close()
         child = Child(self.loop, ours, partial(self.heard, pool))
-        child.slot, child.process, child.room = slot, process, pool.settings.client_limit
-        child.pipes = open_pipes() - before
+        child.slot, child.process, child.pipes = slot, process, pipes
+        child.room = pool.settings.client_limit
         pool.children.append(child)
 
     def throttle(self, pool: Pool) -> None:

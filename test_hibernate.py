@@ -2523,14 +2523,22 @@ def test_a_fork_that_fails_again_and_again_leaves_no_descriptor_open(tmp_path):
         f"    return fork() if not os.path.exists({str(tmp_path / 'full')!r}) else os.open('', 0)\n"
         "os.fork = failing"
     )
-    with PatchedServer(patch=patch, allow="SIGKILL|fork:|no new process") as server:
-        before = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+    allow = "SIGKILL|fork:|no new process|no twin"
+    with PatchedServer(patch=patch, allow=allow) as server, Imap(server, "alice") as client:
+        falls_asleep(server, "alice")
+        [keeper] = server.pids("imap-hibernate")
+        parents = server.process.pid, keeper
+        before = [len(os.listdir(f"/proc/{pid}/fd")) for pid in parents]
         (tmp_path / "full").touch()
-        os.kill(server.pids("imap")[0], signal.SIGKILL)
+        for pid in server.pids("imap") + server.pids(TWIN):
+            os.kill(pid, signal.SIGKILL)
         eventually(lambda: server.log().count("imap: fork: ") >= 3)
+        eventually(lambda: server.log().count("no twin: ") >= 3)
         (tmp_path / "full").unlink()
-        eventually(lambda: server.pids("imap"))
-        assert len(os.listdir(f"/proc/{server.process.pid}/fd")) <= before
+        eventually(lambda: server.pids("imap") and server.pids(TWIN))
+        after = [len(os.listdir(f"/proc/{pid}/fd")) for pid in parents]
+        assert after[0] <= before[0] and after[1] <= before[1], (before, after)
+        client.cmd("NOOP")
 
 
 def test_a_process_that_dies_by_a_signal_without_a_name_is_logged_and_replaced():
