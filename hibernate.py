@@ -4565,8 +4565,8 @@ class ImapSession(Session):
             yield from self.receive(upload.write)
             if (yield from self.line()):
                 raise BadCommand("Text after the message")
+            box = self.index.by_name(name, "TRYCREATE")  # it may have been deleted meanwhile
             upload.finish(when)
-            box = self.index.by_name(name, "TRYCREATE")
             uid = self.index.append(box.id, upload, flags, keywords)
         return f"[APPENDUID {box.uidvalidity} {uid}]"
 
