@@ -1043,8 +1043,16 @@ class Client:
         self.pump()
 
     def pump(self, value: Any = None) -> None:
-        """Run the session until it waits for its client, the network or another process, or
-        until it is the others' turn."""
+        """Run the session. A bug in it costs itself, not who has called: inotify, or a channel."""
+        try:
+            self.run(value)
+        except Exception:
+            log.exception("a session failed; it ends")
+            self.close("Internal error", farewell=True)
+
+    def run(self, value: Any) -> None:
+        """Until it waits for its client, the network or another process, or until it is the
+        others' turn."""
         if self.session.user or self.session.tag:
             self.rested = time.monotonic()
         dry = False
@@ -1060,10 +1068,6 @@ class Client:
                     dry = True
             except StopIteration:
                 self.reply = None
-            except Exception:  # here, or it would cost who called: inotify, or the master's channel
-                log.exception("a session failed; it ends")
-                self.close("Internal error", farewell=True)
-                return
             value = None
         self.settle(dry)
 

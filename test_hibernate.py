@@ -1005,6 +1005,23 @@ def test_a_bug_in_the_keepalive_of_one_sleeper_costs_only_that_one():
         assert server.log().count("Traceback") == 1
 
 
+def test_a_session_with_a_bug_that_wakes_ends_and_costs_nobody_else_anything():
+    broken = (
+        "import os; watch = hibernate.ImapSession.watch\n"
+        "hibernate.ImapSession.watch = lambda self: "
+        "watch(self) if self.user == 'alice' or not os.path.exists('broken') else 1 / 0"
+    )
+    with PatchedServer(patch=broken, allow="Traceback|Zero|a session failed") as server:
+        alice, bob = many(server, ["alice", "bob"])
+        eventually(lambda: server.held() == 2)
+        (server.dir / "broken").touch()
+        deliver_by_hand(server.home("bob"))
+        assert "* BYE Internal error" in bob.ended()
+        deliver_by_hand(server.home("alice"))
+        alice.until(r"^\* 1 EXISTS$")
+        alice.close()
+
+
 def test_a_long_interval_of_keepalives_costs_no_memory():
     with Server("imap_idle_notify_interval = 30 days") as server, Imap(server, "alice") as client:
         client.cmd("SELECT INBOX")
