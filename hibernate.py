@@ -4069,18 +4069,19 @@ class View:
             self.name, self.modseq = box.name, box.modseq
             self.new, self.cur = UNSETTLED
             if expunges or not dead:
-                lines += self.resize({uid for uid, in dead}, [uid for uid, in fresh], not end)
+                lines += self.resize([uid for uid, in dead], [uid for uid, in fresh], not end)
                 self.uidnext, self.expunged = box.uidnext, box.modseq
                 self.new, self.cur = times
         return lines, (Candidate(self, box, MessageRow(*row), {}) for row in changed)
 
-    def resize(self, dead: set[int], fresh: list[int], first: bool) -> list[str]:
+    def resize(self, dead: list[int], fresh: list[int], first: bool) -> list[str]:
         """EXPUNGE, EXISTS and RECENT."""
-        lines, recents = list[str](), self.recents()
-        if dead:  # each taken out by itself would be quadratic
-            numbered = [*enumerate(self.uids, 1)]
-            lines = [f"* {number} EXPUNGE\r\n" for number, uid in numbered[::-1] if uid in dead]
-            self.uids = array("I", (uid for uid in self.uids if uid not in dead))
+        recents, stays = self.recents(), bytearray(b"\1" * len(self.uids))
+        numbers = sorted(filter(None, map(self.number, dead)), reverse=True)
+        lines = [f"* {number} EXPUNGE\r\n" for number in numbers]
+        for number in numbers:  # each taken out by itself would be quadratic
+            stays[number - 1] = 0
+        self.uids = array("I", itertools.compress(self.uids, stays)) if numbers else self.uids
         self.uids.extend(fresh)
         if fresh or first:
             lines.append(f"* {len(self.uids)} EXISTS\r\n")
