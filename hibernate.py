@@ -1010,6 +1010,7 @@ class Client:
     phase: Phase = Phase.RUNNING
     eof: bool = False
     rested: float = field(default_factory=time.monotonic)  # at rest (before log-in: here) since
+    awake: float = 0  # not to be put to sleep until then
     timer: Timer | None = None  # see clock()
     beat: Timer | None = None  # the next keepalive
     move: Move | None = None
@@ -1054,7 +1055,7 @@ class Client:
         """Until it waits for its client, the network or another process, or until it is the
         others' turn."""
         if self.session.user or self.session.tag:
-            self.rested = time.monotonic()
+            self.rested, self.awake = time.monotonic(), 0.0
         dry = False
         for _ in range(BURST):
             if dry or self.phase is not Phase.RUNNING or len(self.output) >= OUTPUT_HIGH:
@@ -1200,7 +1201,9 @@ class Client:
             ending = "log-in took too long"
         elif (role.keeper and config.hibernate_timeout and session.movable()
               and not session.buffer and not self.output):
-            limit, ending = config.hibernate_timeout, ""
+            sleep = max(config.hibernate_timeout, self.awake - self.rested)
+            if session.tag or sleep < limit:
+                limit, ending = sleep, ""
         now, rests = time.monotonic(), self.at_rest()
         due = self.rested + limit
         if due <= now and (rests or self.output):
@@ -1257,12 +1260,13 @@ class Client:
         if self.service.draining:
             self.close("server was shut down", farewell=True)
             return
-        wait = max(0.0, AWAKE_TIME - self.session.config.hibernate_timeout)
+        wait = max(AWAKE_TIME, self.session.config.hibernate_timeout)
         if reason not in RETRIED | {"changed"}:
             log.warning("<%s> stays awake: %r", self.session.sid, reason)
             wait = REST_TIME  # it will be no other while the client says nothing
+        rested = self.rested  # of its client nothing was heard, or we would not be here
         self.pump()
-        self.rested += wait
+        self.rested, self.awake = rested, time.monotonic() + wait
 
     def close(self, reason: str, farewell: bool = False) -> None:
         """End the session, whatever it was doing; at any time, and twice."""

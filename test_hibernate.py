@@ -3669,6 +3669,22 @@ def test_a_client_that_never_reads_costs_no_memory_and_harms_nobody():
         eventually(lambda: {row["user"] for row in server.who()} == {"bob"})
 
 
+def test_who_says_nothing_is_logged_out_also_where_there_is_no_bed():
+    full = "service imap-hibernate {\n client_limit = 1\n process_limit = 1\n}\n"
+    patch = "hibernate.REST_TIME, hibernate.AWAKE_TIME = 1.5, 0.1"
+    with PatchedServer(full, patch, allow="(?!)") as server, Imap(server, "alice") as sleeper:
+        sleeper.cmd("SELECT INBOX")
+        sleeper.idle()
+        falls_asleep(server, "alice")
+        resting, listening = Imap(server, "bob"), Imap(server, "bob")
+        listening.cmd("SELECT INBOX")
+        tag = listening.idle()
+        assert "* BYE Autologout; idle for too long" in resting.ended()
+        select.select((), (), (), 0.5)
+        listening.done(tag)
+        listening.close()
+
+
 def test_a_client_that_never_reads_is_gone_when_its_time_is_up():
     with PatchedServer("login_timeout = 1 s", patch="hibernate.REST_TIME = 1.0") as server:
         clients = Imap(server), Imap(server, "alice")
