@@ -1013,6 +1013,7 @@ class Client:
     awake: float = 0  # not to be put to sleep until then
     timer: Timer | None = None  # see clock()
     beat: Timer | None = None  # the next keepalive
+    again: Timer | None = None  # the next look: one is enough
     move: Move | None = None
     watches: list[int] = field(default_factory=list)
     loop: Loop = field(init=False)
@@ -1140,7 +1141,9 @@ class Client:
             if self.listen():  # not at once, but when times that are young have settled
                 spent = time.monotonic() - self.rested  # if the last look took long, later
                 wait = max(1.25 * YOUNG / 1e9, min(9 * spent, Watcher.POLL))
-                self.loop.later(wait, self.look)
+                if self.again:
+                    self.again.cancel()
+                self.again = self.loop.later(wait, self.look)
             self.clock()
 
     def listen(self) -> bool:
@@ -1289,8 +1292,8 @@ class Client:
         self.loop.unwatch(self.fd)
         self.service.mover.keep(self.fd)
         self.unlisten()
-        if self.timer:
-            self.timer.cancel()
+        for timer in filter(None, (self.timer, self.again)):
+            timer.cancel()
         with contextlib.suppress(ValueError):  # it is the reply itself that ends the session
             if self.reply:
                 self.reply.close()
@@ -2427,17 +2430,18 @@ class Master:
         base = self.config.base_dir
         os.makedirs(base, exist_ok=True)
         os.chmod(base, 0o711 if len(self.peers) > 1 else 0o700)
-        path, key = os.path.join(base, "key"), b""
+        path = os.path.join(base, "key")
         if self.lock < 0 or not (os.path.exists(path) and os.path.samefile(path, self.lock)):
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             self.persist(lambda: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB), base)
+            control = self.open_inbox("master")
             if self.lock >= 0:  # it was removed, or replaced, while we run: the sessions' key stays
-                key = os.pread(self.lock, 32, 0)
+                os.pwrite(lock, os.pread(self.lock, 32, 0), 0)
                 os.close(self.lock)
                 self.loop.unwatch(self.control.fileno())
-            self.lock, self.control = lock, self.open_inbox("master")
-        if key or os.fstat(self.lock).st_size < 32:
-            os.pwrite(self.lock, key or secrets.token_bytes(32), 0)
+            self.lock, self.control = lock, control
+        if os.fstat(self.lock).st_size < 32:
+            os.pwrite(self.lock, secrets.token_bytes(32), 0)
         self.loop.watch(self.control.fileno(), READ, self.accept_control)
 
     def open_listeners(self, config: Config) -> dict[str, list[socket.socket]]:
@@ -4843,11 +4847,12 @@ def serve(config: Config, options: argparse.Namespace) -> None:
         config.values["passwd_file"] = config.inbox("demo-users")
 
     def ready(master: Master) -> None:
-        for pool in master.pools:
-            for name, group in zip(pool.settings.sections, pool.listeners):
-                host, port = group[0].getsockname()[:2]
-                print(f"listening {name} {f'[{host}]' if ':' in host else host}:{port}")
-        print(*lines, "ready", sep="\n", flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it, or there is no room: no matter
+            for pool in master.pools:
+                for name, group in zip(pool.settings.sections, pool.listeners):
+                    host, port = group[0].getsockname()[:2]
+                    print(f"listening {name} {f'[{host}]' if ':' in host else host}:{port}")
+            print(*lines, "ready", sep="\n", flush=True)
 
     master = Master(config, ready)  # from here on base_dir is ours
     lines = [] if config.path or not master.ready else make_demo(config)
