@@ -1317,7 +1317,7 @@ class Service:
         self.groups = pool.listeners  # one a listener: one socket, or one for each slot
         self.limit: int = min(pool.settings.client_limit, file_limit() - RESERVE)
         self.counts: collections.Counter[str] = collections.Counter()
-        self.draining = False
+        self.draining = self.stopping = False
         self.stretched = False  # all are full: take a few more from the inbox, or refuse them
         self.unread: set[int] = set()  # of the siblings' SO_REUSEPORT sockets: see cover()
         self.covered: dict[int, float] = {}
@@ -1515,6 +1515,8 @@ class Service:
         try:
             if message == b"!":  # at once: a twin can't know that it was read
                 self.begin(held)
+                if self.stopping:
+                    self.stop()
             elif held is not None:  # the sender has given up, or is gone: touch nothing
                 if message is LATE:
                     log.warning("a hand-over was not committed within %d s", COMMIT_TIME)
@@ -1693,10 +1695,12 @@ class Service:
             self.stop()
 
     def stop(self) -> None:
-        """End all sessions with a farewell, then the process."""
+        """End all sessions with a farewell, then the process; one whose "!" is still to come
+        has nobody else to say it."""
+        self.draining = self.stopping = True
         for fd, _ in self.states():
             self.end(fd, "Server shutting down.")
-        self.loop.running = False
+        self.update()
 
 
 class Report(Session):

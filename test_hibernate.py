@@ -1520,6 +1520,25 @@ def test_a_session_handed_over_starts_with_the_commit_and_not_before(sender):
     assert said.startswith(b"x OK")
 
 
+def test_a_session_whose_commit_meets_a_stop_hears_the_good_bye(hibernate):
+    with Server() as server:
+        server.maildir("alice")
+        senders = [Sender(server, hibernate, service) for service in ("imap", "imap-hibernate")]
+        for sender in senders:
+            assert sender.give(sender.record(answer="")) == "+"
+        witness = Imap(server, "bob")
+        server.process.terminate()
+        assert "* BYE" in witness.ended()  # by now all processes have been told
+        time.sleep(0.1)
+        for sender in senders:
+            sender.channel.send(b"!")
+            sender.theirs.close()
+            sender.client.settimeout(PATIENCE)
+            assert b"* BYE" in sender.client.recv(4096)
+            sender.close()
+        assert server.process.wait(PATIENCE) == 0
+
+
 def test_a_sender_that_gives_up_keeps_an_untouched_session(sender):
     right = sender()
     assert right.give(right.record()) == "+"
