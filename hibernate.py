@@ -450,9 +450,10 @@ class Loop:
                 if timer.call:
                     self.guarded(timer.fd, timer.call)
 
-    def guarded(self, fd: int, call: Callable[..., None], *args: int) -> None:
+    def guarded(self, fd: int, call: Callable[..., Any], *args: Any) -> Any:
+        """What call(*args) gives. A bug in it costs the session `fd`, not who has called."""
         try:
-            call(*args)
+            return call(*args)
         except Exception:
             log.exception("a callback failed; it costs one session")
             if fd >= 0:
@@ -724,7 +725,7 @@ class Mover:
             service, known, question = self.target.get(fd, ("", 0.0, b""))
             if known != deadline or fd in self.channels:
                 continue  # an entry of the past
-            if not (message := question or self.owner.parcel(fd)):
+            if not (message := question or self.loop.guarded(fd, self.owner.parcel, fd)):
                 self.keep(fd)
                 continue
             try:
@@ -1035,10 +1036,9 @@ class Client:
                 free = self.session.input_limit - len(self.session.buffer)
                 data = self.sock.recv(max(free, 1))
             except BlockingIOError:
-                return
+                return self.clock()
             except OSError as error:
-                self.close(f"connection lost: {error.strerror}")
-                return
+                return self.close(f"connection lost: {error.strerror}")
             self.eof = not data  # a half-close: the commands before it still run
             self.received += len(data)
             self.session.buffer += data
@@ -1046,11 +1046,7 @@ class Client:
 
     def pump(self, value: Any = None) -> None:
         """Run the session. A bug in it costs itself, not who has called: inotify, or a channel."""
-        try:
-            self.run(value)
-        except Exception:
-            log.exception("a session failed; it ends")
-            self.close("Internal error", farewell=True)
+        self.loop.guarded(self.fd, self.run, value)
 
     def run(self, value: Any) -> None:
         """Until it waits for its client, the network or another process, or until it is the
@@ -1717,7 +1713,7 @@ class Report(Session):
         count = 0
         for fd, state in service.states() if self.what != "status" else ():
             if self.what == "kick" and state.user == self.only:
-                service.end(fd, "Disconnected by the administrator")
+                service.loop.guarded(fd, service.end, fd, "Disconnected by the administrator")
                 count += 1
             elif self.what == "who" and not service.role.requests:
                 rest = dict(zip(("session", "user", "since", "remote"), state[1:5]))

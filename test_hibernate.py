@@ -1011,7 +1011,7 @@ def test_a_session_with_a_bug_that_wakes_ends_and_costs_nobody_else_anything():
         "hibernate.ImapSession.watch = lambda self: "
         "watch(self) if self.user == 'alice' or not os.path.exists('broken') else 1 / 0"
     )
-    with PatchedServer(patch=broken, allow="Traceback|Zero|a session failed") as server:
+    with PatchedServer(patch=broken, allow="Traceback|Zero|costs one") as server:
         alice, bob = many(server, ["alice", "bob"])
         eventually(lambda: server.held() == 2)
         (server.dir / "broken").touch()
@@ -1020,6 +1020,20 @@ def test_a_session_with_a_bug_that_wakes_ends_and_costs_nobody_else_anything():
         deliver_by_hand(server.home("alice"))
         alice.until(r"^\* 1 EXISTS$")
         alice.close()
+
+
+def test_a_session_with_a_bug_that_falls_asleep_ends_and_costs_nobody_else_anything():
+    broken = (
+        "freeze = hibernate.ImapSession.freeze\n"
+        "hibernate.ImapSession.freeze = lambda self: "
+        "freeze(self) if self.user == 'alice' else 1 / 0"
+    )
+    with PatchedServer(patch=broken, allow="Traceback|Zero|costs one") as server:
+        bob = Imap(server, "bob")
+        assert "* BYE Internal error" in bob.ended()
+        with Imap(server, "alice") as alice:
+            eventually(lambda: server.held() == 1)
+            alice.cmd("NOOP")
 
 
 def test_a_long_interval_of_keepalives_costs_no_memory():
