@@ -373,16 +373,19 @@ def close_all(fds: Iterable[int]) -> None:
         os.close(fd)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Timer:
     """A call that is due at `when` (monotonic seconds). cancel() may come late, and twice."""
 
     when: float
-    call: Callable[[], None] | None
+    call: Callable[[], None] | None  # None: it was called, or cancelled
     fd: int  # whose session a bug in it would cost; -1 nobody's
 
     def cancel(self) -> None:
         self.call = None
+
+
+NEVER = Timer(0, None, -1)
 
 
 class Loop:
@@ -447,8 +450,9 @@ class Loop:
             now = time.monotonic()
             while self.timers and self.timers[0][0] <= now:
                 timer = heapq.heappop(self.timers)[2]
-                if timer.call:
-                    self.guarded(timer.fd, timer.call)
+                call, timer.call = timer.call, None
+                if call:
+                    self.guarded(timer.fd, call)
 
     def guarded(self, fd: int, call: Callable[..., Any], *args: Any) -> Any:
         """What call(*args) gives. A bug in it costs the session `fd`, not who has called."""
@@ -533,15 +537,15 @@ class Channel:
 
     def __init__(self, loop: Loop, sock: socket.socket, heard: Heard, timeout: float = 0) -> None:
         self.loop, self.sock, self.heard = loop, sock, heard
-        self.timer: Timer | None = None
+        self.timer = NEVER
         sock.setblocking(False)
         self.expire(timeout)
         loop.watch(sock.fileno(), READ, self.readable)
 
-    def expire(self, seconds: float) -> None:
-        if self.timer:
-            self.timer.cancel()
-        self.timer = self.loop.later(seconds, self.finish) if seconds else None
+    def expire(self, seconds: float, word: bytes = b"") -> None:
+        """heard() of the end, or of `word`, after so many seconds from now; 0: not at all."""
+        self.timer.cancel()
+        self.timer = self.loop.later(seconds, partial(self.finish, word)) if seconds else NEVER
 
     def send(self, message: bytes, *fds: int) -> None:
         """OSError if it can't be sent. Never empty: that reads like the end."""
@@ -562,10 +566,9 @@ class Channel:
             self.close()
         self.heard(self, message, fds)
 
-    def finish(self) -> None:
-        """Close, and tell this side that the channel has ended."""
+    def finish(self, word: bytes) -> None:
         self.close()
-        self.heard(self, b"", [])
+        self.heard(self, word, [])
 
     def close(self) -> None:
         """Close without a word; at any time, and twice."""
@@ -688,7 +691,7 @@ class Mover:
         self.target: dict[int, tuple[str, float, bytes]] = {}  # service, deadline, question
         self.channels: dict[int, Channel] = {}
         self.resume_at = 0.0
-        self.pumping = False
+        self.timer = NEVER  # the next offer()
         self.moved_at: dict[str, float] = {}  # when a service has taken the last session
         self.refusals: collections.Counter[str] = collections.Counter()
 
@@ -698,29 +701,25 @@ class Mover:
         deadline = time.monotonic() + patience
         self.target[fd] = service, deadline, question
         heapq.heappush(self.queue, (deadline, fd))
-        self.pump()
+        self.soon()
 
     def keep(self, fd: int) -> None:
         """Give up: the receiver sees the channel's end and touches nothing."""
         self.target.pop(fd, None)
         if channel := self.channels.pop(fd, None):
             channel.close()
-            if self.queue:  # there is a place for the next one
-                self.loop.later(0, self.pump)
+            self.soon()  # there is a place for the next one
 
-    def pump(self) -> None:
-        """Offer what may be offered. Who is kept may give() anew at once: that only queues it, or
-        each of many whose time is up would call the next."""
-        if self.pumping:
-            return
-        self.pumping = True
-        try:
-            self.offer()
-        finally:
-            self.pumping = False
+    def soon(self) -> None:
+        """Offer from the loop only: who is kept may give() anew at once, and of many whose time
+        is up each would call the next."""
+        if self.queue and not self.timer.call:
+            self.timer = self.loop.later(self.resume_at - time.monotonic(), self.offer)
 
     def offer(self) -> None:
-        while self.queue and len(self.channels) < IN_FLIGHT and time.monotonic() >= self.resume_at:
+        while self.queue and len(self.channels) < IN_FLIGHT:
+            if time.monotonic() < self.resume_at:
+                return self.soon()
             deadline, fd = heapq.heappop(self.queue)
             service, known, question = self.target.get(fd, ("", 0.0, b""))
             if known != deadline or fd in self.channels:
@@ -773,11 +772,9 @@ class Mover:
         now = time.monotonic()
         late = now >= deadline and (reason == "full" or not self.flows(service))
         if late or reason not in RETRIED:
-            self.owner.kept(fd, "" if question else reason)
-            return
+            return self.owner.kept(fd, "" if question else reason)
         if now >= self.resume_at:
             self.resume_at = now + RETRY_TIME
-            self.loop.later(RETRY_TIME, self.pump)
         self.give(fd, service, max(deadline - now, 0.0), question)
 
 
@@ -1012,9 +1009,9 @@ class Client:
     eof: bool = False
     rested: float = field(default_factory=time.monotonic)  # at rest (before log-in: here) since
     awake: float = 0  # not to be put to sleep until then
-    timer: Timer | None = None  # see clock()
-    beat: Timer | None = None  # the next keepalive
-    again: Timer | None = None  # the next look: one is enough
+    timer: Timer = NEVER  # see clock()
+    beat: Timer = NEVER  # the next keepalive
+    again: Timer = NEVER  # the next look: one is enough
     move: Move | None = None
     watches: list[int] = field(default_factory=list)
     loop: Loop = field(init=False)
@@ -1137,8 +1134,7 @@ class Client:
             if self.listen():  # not at once, but when times that are young have settled
                 spent = time.monotonic() - self.rested  # if the last look took long, later
                 wait = max(1.25 * YOUNG / 1e9, min(9 * spent, Watcher.POLL))
-                if self.again:
-                    self.again.cancel()
+                self.again.cancel()
                 self.again = self.loop.later(wait, self.look)
             self.clock()
 
@@ -1157,7 +1153,7 @@ class Client:
         for number in {*self.watches} - {*watches}:
             watcher.drop(number, self.fd)
         self.watches = watches
-        if not self.beat:
+        if not self.beat.call:
             self.set_beat()
         return changed_since(paths, watch[1], 0 if known else YOUNG)
 
@@ -1165,9 +1161,7 @@ class Client:
         for number in self.watches:
             self.service.watcher.drop(number, self.fd)
         self.watches = []
-        if self.beat:
-            self.beat.cancel()
-            self.beat = None
+        self.beat.cancel()
 
     def stirred(self) -> None:
         if self.phase is not Phase.CLOSED and self.listen() and not self.service.draining:
@@ -1212,10 +1206,9 @@ class Client:
                 return self.close(ending, farewell=True)
         if due <= now or not rests:
             due = now + 1.0
-        if self.timer and not now < self.timer.when <= due:
+        if not self.timer.call or self.timer.when > due:
             self.timer.cancel()
-            self.timer = None
-        self.timer = self.timer or self.loop.later(due - now, self.clock, self.fd)
+            self.timer = self.loop.later(due - now, self.clock, self.fd)
         return None
 
     def depart(self, service: str, patience: float) -> None:
@@ -1288,8 +1281,8 @@ class Client:
         self.loop.unwatch(self.fd)
         self.service.mover.keep(self.fd)
         self.unlisten()
-        for timer in filter(None, (self.timer, self.again)):
-            timer.cancel()
+        self.timer.cancel()
+        self.again.cancel()
         with contextlib.suppress(ValueError):  # it is the reply itself that ends the session
             if self.reply:
                 self.reply.close()
@@ -1333,7 +1326,7 @@ class Service:
         self.clients: dict[int, Client] = {}
         self.arrivals: dict[Channel, Any] = {}
         self.told: tuple[int, int] | None = None  # (room, sessions) as last reported
-        self.report_timer: Timer | None = None
+        self.report_timer = NEVER
         self.loop.on_signals({signal.SIGTERM: self.stop})
         if any(slot >= 0 for slot, _ in self.sockets()):
             self.cover()
@@ -1369,7 +1362,7 @@ class Service:
         told = (max(0, room), self.count())
         if self.told is None or (self.told[0] == 0) != (told[0] == 0):
             self.report()
-        elif told != self.told and not self.report_timer:
+        elif told != self.told and not self.report_timer.call:
             self.report_timer = self.loop.later(1.0, self.report)
         if self.draining and not self.count() and not self.arrivals:
             self.loop.running = False
@@ -1398,9 +1391,7 @@ class Service:
 
     def report(self) -> None:
         """Room 0 ↔ non-0 at once, the rest once a second."""
-        if self.report_timer:
-            self.report_timer.cancel()
-            self.report_timer = None
+        self.report_timer.cancel()
         self.told = max(0, self.room()), self.count()
         if self.master:
             self.master.tell(compact(self.told))
@@ -1472,12 +1463,7 @@ class Service:
         channel = Channel(self.loop, sock, self.arriving, SPEAK_TIME)
         self.arrivals[channel] = held
         if held is not None:
-            self.await_commit(channel)
-
-    def await_commit(self, channel: Channel) -> None:
-        """A sender that was told "+" and is stopped must leave no client hanging."""
-        channel.expire(0)
-        channel.timer = self.loop.later(COMMIT_TIME, lambda: self.arriving(channel, LATE, []))
+            channel.expire(COMMIT_TIME, LATE)
 
     def trusts(self, sock: socket.socket) -> bool:
         """Is the peer one of our processes? The kernel knows its user: SO_PEERCRED, unix(7)."""
@@ -1496,7 +1482,8 @@ class Service:
                     raise ValueError("descriptor" if fds else "busy")
                 record, state = self.read_record(message)
                 self.arrivals[channel] = self.hold(record, state, fds[0], channel)
-                self.await_commit(channel)
+                # A sender that was told "+" and is stopped must leave no client hanging.
+                channel.expire(COMMIT_TIME, LATE)
                 word = "+"
             except (ValueError, OSError) as error:
                 close_all(fds)
