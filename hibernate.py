@@ -438,8 +438,6 @@ class Loop:
 
     def run(self) -> None:
         while self.running:
-            while self.timers and not self.timers[0][2].call:  # cancelled: not worth waking for
-                heapq.heappop(self.timers)
             # Not for days: epoll_wait(2) counts milliseconds in an int.
             wait = self.timers[0][0] - time.monotonic() if self.timers else 3600.0
             for key, mask in self.selector.select(min(max(0.0, wait), 3600.0)):
@@ -690,8 +688,7 @@ class Mover:
         self.queue: list[tuple[float, int]] = []  # deadline, descriptor
         self.target: dict[int, tuple[str, float, bytes]] = {}  # service, deadline, question
         self.channels: dict[int, Channel] = {}
-        self.resume_at = 0.0
-        self.timer = NEVER  # the next offer()
+        self.timer = self.pause = NEVER  # the next offer(); none before the end of a pause
         self.moved_at: dict[str, float] = {}  # when a service has taken the last session
         self.refusals: collections.Counter[str] = collections.Counter()
 
@@ -714,12 +711,10 @@ class Mover:
         """Offer from the loop only: who is kept may give() anew at once, and of many whose time
         is up each would call the next."""
         if self.queue and not self.timer.call:
-            self.timer = self.loop.later(self.resume_at - time.monotonic(), self.offer)
+            self.timer = self.loop.later(0, self.offer)
 
     def offer(self) -> None:
-        while self.queue and len(self.channels) < IN_FLIGHT:
-            if time.monotonic() < self.resume_at:
-                return self.soon()
+        while self.queue and len(self.channels) < IN_FLIGHT and not self.pause.call:
             deadline, fd = heapq.heappop(self.queue)
             service, known, question = self.target.get(fd, ("", 0.0, b""))
             if known != deadline or fd in self.channels:
@@ -769,13 +764,13 @@ class Mover:
         self.refusals[reason if reason in RETRIED else "other"] += 1  # the word is the peer's
         service, deadline, question = self.target[fd]
         self.keep(fd)
-        now = time.monotonic()
-        late = now >= deadline and (reason == "full" or not self.flows(service))
+        left = deadline - time.monotonic()
+        late = left <= 0 and (reason == "full" or not self.flows(service))
         if late or reason not in RETRIED:
             return self.owner.kept(fd, "" if question else reason)
-        if now >= self.resume_at:
-            self.resume_at = now + RETRY_TIME
-        self.give(fd, service, max(deadline - now, 0.0), question)
+        if not self.pause.call:
+            self.pause = self.loop.later(RETRY_TIME, self.offer)
+        self.give(fd, service, max(left, 0.0), question)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -873,9 +868,6 @@ class Session:
     def closed(self) -> None:
         """The session ends here, or has moved on."""
 
-    def log(self, text: str) -> None:
-        log.info("<%s> %s", self.sid, text)
-
 
 is_global = lru_cache(1024)(lambda address: ipaddress.ip_address(address).is_global)
 
@@ -903,7 +895,7 @@ class Watcher:
     def __init__(self, loop: Loop, stirred: Callable[[int], None]) -> None:
         self.loop, self.stirred = loop, stirred
         self.sessions: dict[int, int | array[int]] = {}  # sets would take 216 or 728 bytes each
-        self.polling = self.warned = False
+        self.timer, self.warned = NEVER, False
         self.libc = ctypes.CDLL(None, use_errno=True)
         self.fd = -1
         with contextlib.suppress(AttributeError):
@@ -921,9 +913,8 @@ class Watcher:
             if not self.warned and reason != errno.ENOENT:  # that is a folder's own fate
                 log.warning("inotify: %s; looking at times", os.strerror(reason))
                 self.warned = True
-            if not self.polling:
-                self.loop.later(self.POLL, self.poll)
-            self.polling = True
+            if not self.timer.call:
+                self.timer = self.loop.later(self.POLL, self.poll)
         if number in has:  # to look through all the sessions of a mailbox would take long
             return number
         known = self.sessions.setdefault(number, fd)
@@ -955,9 +946,8 @@ class Watcher:
             self.stir(number)
 
     def poll(self) -> None:
-        self.polling = self.POLLED in self.sessions
-        if self.polling:
-            self.loop.later(self.POLL, self.poll)
+        if self.POLLED in self.sessions:
+            self.timer = self.loop.later(self.POLL, self.poll)
             self.stir(self.POLLED)
 
     def stir(self, number: int) -> None:
@@ -1115,20 +1105,17 @@ class Client:
             else:
                 self.clock()
 
-    def fits(self) -> bool:
-        """Into a record? In JSON a byte of input takes six at most. Else a later boundary has to
-        do, when there is less input."""
-        return 6 * len(self.session.buffer) < RECORD_LIMIT - 16 * 1024
-
     def at_rest(self) -> bool:
         return self.phase is Phase.RUNNING and not self.reply and not self.output
 
     def rest(self) -> None:
         """Nothing to execute, nothing to send: listen, sleep later, or move on now."""
         leaves = self.service.draining and not self.service.role.requests  # a question stays
+        # In JSON a byte of input takes six at most. With too much of it a later boundary must do.
+        fits = 6 * len(self.session.buffer) < RECORD_LIMIT - 16 * 1024
         if self.eof:
             self.close("client closed the connection")
-        elif leaves and self.session.movable() and self.fits():
+        elif leaves and fits and self.session.movable():
             self.depart(self.service.role.name, self.session.config.orphan_timeout)
         else:
             if self.listen():  # not at once, but when times that are young have settled
@@ -1209,7 +1196,6 @@ class Client:
         if not self.timer.call or self.timer.when > due:
             self.timer.cancel()
             self.timer = self.loop.later(due - now, self.clock, self.fd)
-        return None
 
     def depart(self, service: str, patience: float) -> None:
         """Begin to hand over. Should its client stir meanwhile, a sleeper-to-be stays; in a drain
@@ -1310,9 +1296,11 @@ class Service:
         self.stretched = False  # all are full: take a few more from the inbox, or refuse them
         self.unread: set[int] = set()  # of the siblings' SO_REUSEPORT sockets: see cover()
         self.covered: dict[int, float] = {}
-        self.resume_at = 0.0  # no descriptor is left until then
         self.title = Title(f"{self.config.program.name}/{self.role.name}")
-        self.key = sealing_key(self.config.base_dir) if self.role.trusted else b""
+        self.key = b""
+        if self.role.trusted:
+            with open(self.config.inbox("key"), "rb") as file:
+                self.key = file.read(32)
         with contextlib.suppress(OSError):
             self.role.session.prepare(self.config)
         drop_privileges(pool.settings)
@@ -1327,6 +1315,7 @@ class Service:
         self.arrivals: dict[Channel, Any] = {}
         self.told: tuple[int, int] | None = None  # (room, sessions) as last reported
         self.report_timer = NEVER
+        self.pause = NEVER  # no descriptor is left until then
         self.loop.on_signals({signal.SIGTERM: self.stop})
         if any(slot >= 0 for slot, _ in self.sockets()):
             self.cover()
@@ -1350,7 +1339,7 @@ class Service:
         """The one place that decides whether this process accepts, and what the master hears."""
         room = self.room()
         self.stretched = self.stretched and room <= 0
-        accepts = not self.draining and time.monotonic() >= self.resume_at
+        accepts = not self.draining and not self.pause.call
         spare = max(1, self.limit // 4) if self.stretched else 0
         shed = spare > 0 and self.role.sheds
         for slot, sock in self.sockets():
@@ -1407,26 +1396,22 @@ class Service:
             return None
         except OSError as error:  # EMFILE and its kin: a level-triggered listener would spin
             log.error("accept: %s; pausing for a second", error.strerror)
-            self.resume_at = time.monotonic() + 1.0
-            self.loop.later(1.0, self.update)
+            self.pause = self.loop.later(1.0, self.update)
             return None
 
     def accept_client(self, fd: int, mask: int) -> None:
         """In small bites, so that siblings get their share of a burst."""
         listener = next(sock for _, sock in self.sockets() if sock.fileno() == fd)
         for _ in range(4):
-            idle = self.idle() if self.room() <= 0 else None
-            if idle == [] or not (sock := self.accept(listener)):
+            full = self.room() <= 0  # then who has not tried to log in gives way
+            sheds = self.clients.values() if full and self.role.sheds and self.stretched else ()
+            idle = [client for client in sheds if client.phase is Phase.RUNNING]
+            if full and not idle or not (sock := self.accept(listener)):
                 break
-            if idle:  # only now: a sibling may have been faster
+            if full:  # only now: a sibling may have been faster
                 min(idle, key=lambda client: client.rested).close("Too many connections", True)
             self.welcome(sock)
         self.update()
-
-    def idle(self) -> list[Client]:
-        """Who gives way when all are full: those that have not tried to log in."""
-        sheds = self.role.sheds and self.stretched
-        return [c for c in self.clients.values() if sheds and c.phase is Phase.RUNNING]
 
     def welcome(self, sock: socket.socket) -> None:
         """A client from outside, or, without an address, one of our processes with a question."""
@@ -1485,12 +1470,13 @@ class Service:
                 # A sender that was told "+" and is stopped must leave no client hanging.
                 channel.expire(COMMIT_TIME, LATE)
                 word = "+"
-            except (ValueError, OSError) as error:
+            except Exception as error:  # a bug in thaw() must not cost the channel's room
                 close_all(fds)
                 known = str(error) in RETRIED | {"changed"}
                 self.counts[f"refused {error}" if known else "refused"] += 1
                 if not known:
-                    log.warning("a session was refused: %.70r", str(error))
+                    bug = not isinstance(error, ValueError | OSError)
+                    log.warning("a session was refused: %.70r", str(error), exc_info=bug)
                 word = f"-{error}"[:80]
             channel.tell(word)  # a sender that has left: its end comes next
             return
@@ -1516,8 +1502,8 @@ class Service:
         return record, State.decode(record.state)
 
     def hold(self, record: Record, state: State, fd: int, channel: Channel) -> Any:
-        """Check, and hold session and descriptor, ready to begin(). ValueError and OSError say
-        why not, and leave `fd` to the caller."""
+        """Check, and hold session and descriptor, ready to begin(). An exception says why not,
+        and leaves `fd` to the caller."""
         if state.expires and self.room() < 0:
             raise ValueError("full")  # only who sleeps may exceed the limit, so that it can wake
         sock = socket.socket(fileno=fd)
@@ -1532,7 +1518,7 @@ class Service:
             session.home, session.tag, session.times = state.home, record.tag, state.watch[1:]
             session.buffer += record.pending.encode("latin-1")
             session.thaw(state.own)
-        except (ValueError, OSError):
+        except Exception:
             sock.detach()
             raise
         return Client(self, sock, session, record.received, record.sent, record.answer)
@@ -1716,11 +1702,6 @@ class Report(Session):
 
 def file_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-
-
-def sealing_key(base_dir: str) -> bytes:
-    with open(os.path.join(base_dir, "key"), "rb") as file:
-        return file.read(32)
 
 
 def drop_privileges(settings: Section) -> None:
@@ -4477,7 +4458,7 @@ class ImapSession(Session):
             self.user = reply[1]
             reason = yield Move("imap", reply[2], reply[3], self.running)
             self.user = ""
-        self.log(f"log-in impossible: {reason}")
+        log.info("<%s> log-in impossible: %s", self.sid, reason)
         raise MailError("UNAVAILABLE", "Temporary failure, try again later")
 
     def authenticate(self, mechanism: str, initial: bytes) -> Step:

@@ -1036,6 +1036,18 @@ def test_a_session_with_a_bug_that_falls_asleep_ends_and_costs_nobody_else_anyth
             alice.cmd("NOOP")
 
 
+def test_a_bug_in_thawing_refuses_the_session_and_costs_no_room():
+    broken = "hibernate.ImapSession.thaw = lambda self, own: 1 / 0"
+    with PatchedServer(patch=broken, allow="Traceback|Zero") as server:
+        client = Imap(server)
+        for _ in range(3):
+            client.send(f"a LOGIN alice {server.password}\r\n")
+            assert client.until("^a ")[-1].startswith("a NO")
+        rows = [row for row in server.ask(b"status") if row["service"] == "imap"]
+        assert {row["room"] for row in rows} == {100}
+        client.close()
+
+
 def test_a_long_interval_of_keepalives_costs_no_memory():
     with Server("imap_idle_notify_interval = 30 days") as server, Imap(server, "alice") as client:
         client.cmd("SELECT INBOX")
