@@ -75,7 +75,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import stat
 import struct
 import subprocess
 import sys
@@ -86,6 +85,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from encodings.aliases import aliases
 from functools import cached_property, lru_cache, partial
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 from weakref import WeakValueDictionary
 
@@ -297,8 +297,7 @@ class Config(Section):
             self.sections[role.name] = Section(rows)
             self.sections[role.name].listener = role if role.listener else None
         try:
-            with open(path or os.devnull, encoding="utf-8", errors="replace") as file:
-                self.parse(file.read().split("\n"))
+            self.parse(Path(path or os.devnull).read_text("utf-8", "replace").split("\n"))
         except OSError as error:
             self.fail(0, str(error.strerror))
         self.finish()
@@ -1269,9 +1268,8 @@ class Client:
         self.unlisten()
         self.timer.cancel()
         self.again.cancel()
-        with contextlib.suppress(ValueError):  # it is the reply itself that ends the session
-            if self.reply:
-                self.reply.close()
+        if self.reply:
+            self.reply.close()
         self.session.closed()
         self.service.clients.pop(self.fd, None)
 
@@ -1289,7 +1287,11 @@ class Service:
         self.peers = master.peers
         self.slot = slot
         self.inbox = pool.inbox
-        self.groups = pool.listeners  # one a listener: one socket, or one for each slot
+        # (slot, socket) of each open inet listener; slot -1 where all share one.
+        self.sockets = [
+            (slot if len(group) > 1 else -1, sock)
+            for group in pool.listeners for slot, sock in enumerate(group)
+        ]  # fmt: skip
         self.limit: int = min(pool.settings.client_limit, file_limit() - RESERVE)
         self.counts: collections.Counter[str] = collections.Counter()
         self.draining = self.stopping = False
@@ -1297,10 +1299,7 @@ class Service:
         self.unread: set[int] = set()  # of the siblings' SO_REUSEPORT sockets: see cover()
         self.covered: dict[int, float] = {}
         self.title = Title(f"{self.config.program.name}/{self.role.name}")
-        self.key = b""
-        if self.role.trusted:
-            with open(self.config.inbox("key"), "rb") as file:
-                self.key = file.read(32)
+        self.key = Path(self.config.inbox("key")).read_bytes() if self.role.trusted else b""
         with contextlib.suppress(OSError):
             self.role.session.prepare(self.config)
         drop_privileges(pool.settings)
@@ -1317,7 +1316,7 @@ class Service:
         self.report_timer = NEVER
         self.pause = NEVER  # no descriptor is left until then
         self.loop.on_signals({signal.SIGTERM: self.stop})
-        if any(slot >= 0 for slot, _ in self.sockets()):
+        if any(slot >= 0 for slot, _ in self.sockets):
             self.cover()
         self.master: Channel | None = Channel(self.loop, channel, self.word)
 
@@ -1342,7 +1341,7 @@ class Service:
         accepts = not self.draining and not self.pause.call
         spare = max(1, self.limit // 4) if self.stretched else 0
         shed = spare > 0 and self.role.sheds
-        for slot, sock in self.sockets():
+        for slot, sock in self.sockets:
             mine = slot in (-1, self.slot) or sock.fileno() in self.covered
             wanted = accepts and mine and (room > 0 or shed)
             self.loop.watch(sock.fileno(), READ * wanted, self.accept_client)
@@ -1356,20 +1355,13 @@ class Service:
         if self.draining and not self.count() and not self.arrivals:
             self.loop.running = False
 
-    def sockets(self) -> list[tuple[int, socket.socket]]:
-        """(slot, socket) of each open inet listener; slot -1 where all share one."""
-        return [
-            (slot if len(group) > 1 else -1, sock)
-            for group in self.groups for slot, sock in enumerate(group) if sock.fileno() >= 0
-        ]  # fmt: skip
-
     def cover(self) -> None:
         """The share of a process that is full, stopped or missing would wait in its SO_REUSEPORT
         socket: what two looks in a row find unread, its siblings read for a second. No word of
         the master's could do it: it hears nothing of a process that is stopped."""
         self.loop.later(LOOK_TIME, self.cover)
         poll, now, before = select.poll(), time.monotonic(), self.unread
-        for slot, sock in self.sockets():
+        for slot, sock in self.sockets:
             if slot != self.slot:
                 poll.register(sock, select.POLLIN)
         self.unread = {fd for fd, _ in poll.poll(0)}
@@ -1401,7 +1393,7 @@ class Service:
 
     def accept_client(self, fd: int, mask: int) -> None:
         """In small bites, so that siblings get their share of a burst."""
-        listener = next(sock for _, sock in self.sockets() if sock.fileno() == fd)
+        listener = next(sock for _, sock in self.sockets if sock.fileno() == fd)
         for _ in range(4):
             full = self.room() <= 0  # then who has not tried to log in gives way
             sheds = self.clients.values() if full and self.role.sheds and self.stretched else ()
@@ -1626,7 +1618,7 @@ class Service:
 
     def relieve(self) -> None:
         """All have been full for long: a clear good-bye to those who wait."""
-        for _, sock in self.sockets():
+        for _, sock in self.sockets:
             while self.room() <= 0 and (newcomer := self.accept(sock)):
                 with contextlib.suppress(OSError):  # it may have left
                     newcomer.send(self.role.session.farewell("Too many connections"))
@@ -1634,10 +1626,12 @@ class Service:
 
     def close_listeners(self) -> None:
         """Serve what waits in the queues first: closing them would reset it."""
-        for _, sock in self.sockets():
+        while self.sockets:
+            _, sock = self.sockets[0]
             while newcomer := self.accept(sock):
                 self.welcome(newcomer)
             self.loop.unwatch(sock.fileno())
+            del self.sockets[0]
             sock.close()
 
     def drain(self) -> None:
@@ -1717,13 +1711,9 @@ def drop_privileges(settings: Section) -> None:
 
 
 def open_pipes() -> set[int]:
-    found = set()
     with contextlib.suppress(OSError):
-        for fd in map(int, os.listdir("/dev/fd")):
-            with contextlib.suppress(OSError):  # it was that of the directory itself
-                if stat.S_ISFIFO(os.fstat(fd).st_mode):
-                    found.add(fd)
-    return found
+        return {int(path.name) for path in Path("/dev/fd").iterdir() if path.is_fifo()}
+    return set()
 
 
 def fork(name: str, main: Main) -> tuple[Any, socket.socket, set[int]]:
