@@ -887,7 +887,6 @@ class Watcher:
     watch is left, is stirred every POLL seconds: who is stirred looks at the times anyway."""
 
     MASK = 0x4 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800  # ATTRIB … MOVE_SELF, not MODIFY
-    OVERFLOW = 0x4000
     POLL = 3.0
     POLLED = -1  # stands for a watch's number
 
@@ -939,7 +938,7 @@ class Watcher:
             number, kind, _, length = struct.unpack_from("iIII", data, at)
             at += 16 + length
             numbers.add(number)
-            if kind & self.OVERFLOW:  # events were lost: look at all
+            if kind & 0x4000:  # Q_OVERFLOW, events were lost: look at all
                 numbers.update(self.sessions)
         for number in numbers:
             self.stir(number)
@@ -1139,8 +1138,10 @@ class Client:
         for number in {*self.watches} - {*watches}:
             watcher.drop(number, self.fd)
         self.watches = watches
-        if not self.beat.call:
-            self.set_beat()
+        interval = session.config.idle_notify_interval
+        if interval and not self.beat.call:
+            wait = seconds_to_beat(interval, session.remote, session.user)
+            self.beat = self.loop.later(wait, self.keep_alive, self.fd)
         return changed_since(paths, watch[1], 0 if known else YOUNG)
 
     def unlisten(self) -> None:
@@ -1158,15 +1159,8 @@ class Client:
         if self.at_rest() and not self.session.ended:
             self.start(self.session.stirred())
 
-    def set_beat(self) -> None:
-        session, interval = self.session, self.session.config.idle_notify_interval
-        if interval and session.still_here:
-            wait = seconds_to_beat(interval, session.remote, session.user)
-            self.beat = self.loop.later(wait, self.keep_alive, self.fd)
-
     def keep_alive(self) -> None:
-        self.set_beat()
-        if self.at_rest():
+        if self.at_rest():  # else the next rest sets the next beat
             self.output += self.session.still_here
             self.settle(True)
 
@@ -1231,12 +1225,10 @@ class Client:
         """The hand-over did not come about, or a question is answered: go on as before."""
         if self.phase is Phase.WAITING or self.move:
             self.phase, self.move = Phase.WAITING, None
-            self.go_on(reason)
-            return
+            return self.go_on(reason)
         self.stay()
         if self.service.draining:
-            self.close("server was shut down", farewell=True)
-            return
+            return self.close("server was shut down", farewell=True)
         wait = max(AWAKE_TIME, self.session.config.hibernate_timeout)
         if reason not in RETRIED | {"changed"}:
             log.warning("<%s> stays awake: %r", self.session.sid, reason)
@@ -1415,8 +1407,7 @@ class Service:
                 host, port = sock.getpeername()[:2]
                 session.remote = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         except OSError:
-            sock.close()
-            return
+            return sock.close()
         session.sid, session.since = secrets.token_urlsafe(9), int(time.time())
         client = Client(self, sock, session)
         self.clients[client.fd] = client
