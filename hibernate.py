@@ -1291,7 +1291,7 @@ class Service:
         self.unread: set[int] = set()  # of the siblings' SO_REUSEPORT sockets: see cover()
         self.covered: dict[int, float] = {}
         self.title = Title(f"{self.config.program.name}/{self.role.name}")
-        self.key = Path(self.config.inbox("key")).read_bytes() if self.role.trusted else b""
+        self.key = Path(self.config.inbox("key")).read_bytes()[:32] if self.role.trusted else b""
         with contextlib.suppress(OSError):
             self.role.session.prepare(self.config)
         drop_privileges(pool.settings)
@@ -1310,7 +1310,7 @@ class Service:
         self.loop.on_signals({signal.SIGTERM: self.stop})
         if any(slot >= 0 for slot, _ in self.sockets):
             self.cover()
-        self.master: Channel | None = Channel(self.loop, channel, self.word)
+        self.master = Channel(self.loop, channel, self.word)
 
     def run(self, channel: socket.socket) -> None:
         """Serve until told to stop, or until the last session has left after a drain."""
@@ -1366,8 +1366,7 @@ class Service:
         """Room 0 ↔ non-0 at once, the rest once a second."""
         self.report_timer.cancel()
         self.told = max(0, self.room()), self.count()
-        if self.master:
-            self.master.tell(compact(self.told))
+        self.master.tell(compact(self.told))
         if self.config.verbose_proctitle:
             unit = self.role.unit and f" [{self.count()} {self.role.unit}]"
             self.title.set(f"{self.config.program.name}/{self.role.name}{unit}")
@@ -1589,7 +1588,6 @@ class Service:
     def word(self, channel: Channel, message: bytes, fds: list[int]) -> None:
         name, _, rest = message.decode().partition(" ")
         if not message:
-            self.master = None
             self.drain()
         elif name in ("who", "status", "kick") and fds:
             report = Report(self, name, rest)
