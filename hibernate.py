@@ -75,6 +75,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import stat
 import struct
 import subprocess
 import sys
@@ -437,6 +438,8 @@ class Loop:
 
     def run(self) -> None:
         while self.running:
+            while self.timers and not self.timers[0][2].call:  # cancelled: not worth waking for
+                heapq.heappop(self.timers)
             # Not for days: epoll_wait(2) counts milliseconds in an int.
             wait = self.timers[0][0] - time.monotonic() if self.timers else 3600.0
             for key, mask in self.selector.select(min(max(0.0, wait), 3600.0)):
@@ -1139,7 +1142,7 @@ class Client:
             watcher.drop(number, self.fd)
         self.watches = watches
         interval = session.config.idle_notify_interval
-        if interval and not self.beat.call:
+        if interval and session.still_here and not self.beat.call:
             wait = seconds_to_beat(interval, session.remote, session.user)
             self.beat = self.loop.later(wait, self.keep_alive, self.fd)
         return changed_since(paths, watch[1], 0 if known else YOUNG)
@@ -1700,9 +1703,13 @@ def drop_privileges(settings: Section) -> None:
 
 
 def open_pipes() -> set[int]:
+    found = set()
     with contextlib.suppress(OSError):
-        return {int(path.name) for path in Path("/dev/fd").iterdir() if path.is_fifo()}
-    return set()
+        for fd in map(int, os.listdir("/dev/fd")):
+            with contextlib.suppress(OSError):  # it was that of the directory itself
+                if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                    found.add(fd)
+    return found
 
 
 def fork(name: str, main: Main) -> tuple[Any, socket.socket, set[int]]:
