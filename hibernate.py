@@ -1763,7 +1763,7 @@ FREE, HELD, GONE, OFFERED, CHANNEL, COPIED = range(6)
 LIVING = (HELD, OFFERED, CHANNEL, COPIED)
 TEXT_SIZE = 296
 SWEEP_TIME = 2.0  # seconds between two looks of a twin
-TWIN_TIME = 1000  # milliseconds that a keeper waits for a twin that does not read, at most
+TWIN_TIME = 1.0  # seconds that a keeper waits for a twin that does not read, at most
 ARMED = 200  # sessions that a survivor watches for mail before the others have a turn
 
 
@@ -1810,8 +1810,6 @@ class Keeper(Service):
         self.slots = (Slot * count).from_buffer(self.memory)
         self.held = 0
         self.period = max(1, math.ceil(self.config.idle_notify_interval or 60))
-        self.peeker = self.peek  # one bound method for all, not 64 bytes for each
-        self.beds: Any = None
         self.twin: tuple[Any, Channel] | None = None  # its process, and the way to it
 
     def start(self, channel: socket.socket) -> None:
@@ -1821,11 +1819,11 @@ class Keeper(Service):
         self.turns: dict[int, array[int]] = collections.defaultdict(partial(array, "i"))
         self.turned = int(time.monotonic())
         # Where there is epoll(7), an inner one for the sleepers: a key of selectors has 150 bytes.
-        if hasattr(select, "epoll"):
-            self.beds = select.epoll()
+        self.beds: Any = select.epoll() if hasattr(select, "epoll") else None
+        if self.beds:
             self.loop.watch(self.beds.fileno(), READ, self.peek_all)
         self.loop.later(1.0, self.take_turns)
-        self.spawn_twin()
+        self.resume()
 
     def run(self, channel: socket.socket) -> None:
         super().run(channel)
@@ -1868,7 +1866,7 @@ class Keeper(Service):
         waiting.text = b"%d" % fd
         slot.state = waiting.state = COPIED
         self.copy(fd, number)
-        slot.state, waiting.state = OFFERED, CHANNEL
+        waiting.state, slot.state = CHANNEL, OFFERED  # in this order: see resume()
         return fd, state, number
 
     def listen(self, fd: int, state: State) -> bool:
@@ -1910,7 +1908,7 @@ class Keeper(Service):
         if self.beds:
             self.beds.modify(fd, select.EPOLLIN)
         else:
-            self.loop.watch(fd, READ, self.peeker)
+            self.loop.watch(fd, READ, self.peek)
 
     def unwatch(self, fd: int) -> None:
         if self.beds:
@@ -2008,9 +2006,9 @@ class Keeper(Service):
                     self.turns[at].append(fd)
                     self.loop.guarded(fd, self.take_turn, fd)
         self.turned = now
-        if self.twin and now - self.slots[0].rest > 5 * SWEEP_TIME:  # stopped
+        if now - self.slots[0].rest > 5 * SWEEP_TIME:  # stopped
             self.end_twin()
-            self.spawn_twin()
+        self.spawn_twin()
 
     def take_turn(self, fd: int) -> None:
         if fd in self.waking:
@@ -2116,15 +2114,10 @@ class Keeper(Service):
             process, ours, _ = fork(self.role.name, self.guard)
         except OSError as error:
             log.error("no twin: %s", error.strerror)
-            self.loop.later(THROTTLE[0], self.spawn_twin)
         else:
-            self.twin = process, Channel(self.loop, ours, self.twin_ended)
+            self.twin = process, Channel(self.loop, ours, lambda *_: self.end_twin())
+            ours.settimeout(TWIN_TIME)
             self.slots[0].rest = int(time.monotonic())  # the twin's last sweep
-
-    def twin_ended(self, channel: Channel, message: bytes, fds: list[int]) -> None:
-        close_all(fds)
-        self.end_twin()
-        self.loop.later(1.0, self.spawn_twin)
 
     def end_twin(self) -> None:
         if self.twin:
@@ -2142,24 +2135,17 @@ class Keeper(Service):
     def copy(self, *fds: int) -> None:
         """To the twin: a session and the channel on which its "!" will come, perhaps after our
         death. No answer is needed: what is queued holds the descriptors, and the twin reads all
-        of its queue before it sees the end. A twin that does not read is replaced."""
+        of its queue before it sees the end. For one that is behind it waits, as a new one would
+        cost more; one that does not read is replaced."""
         self.tell_twin(compact(fds).encode(), *fds)
 
     def tell_twin(self, message: bytes, *fds: int) -> None:
-        if not self.twin:
-            return
-        channel = self.twin[1]
-        try:
+        if self.twin:
             try:
-                channel.send(message, *fds)
-            except BlockingIOError:  # it is behind: a new one would cost more than to wait
-                room = select.poll()
-                room.register(channel.sock.fileno(), select.POLLOUT)
-                room.poll(TWIN_TIME)
-                channel.send(message, *fds)
-        except OSError:
-            self.end_twin()
-            self.spawn_twin()  # its seed is the fork: it has all of them
+                self.twin[1].send(message, *fds)
+            except OSError:
+                self.end_twin()
+                self.spawn_twin()  # its seed is the fork: it has all of them
 
     def guard(self, ours: socket.socket, theirs: socket.socket) -> None:
         """The twin. Each number that it uses itself is in use in the keeper, too, so that no
@@ -2223,46 +2209,38 @@ class Keeper(Service):
         self.title.set(f"{name} [{sum(copies)} copies]")
 
     def survive(self, ours: socket.socket, copies: bytearray) -> None:
-        """The keeper is dead. An OFFERED session is its sender's until the "!" has come: it may
-        wait unread in the channel, of which there is a copy, too."""
+        """The keeper is dead."""
         self.sweep(copies)
-        ours.close()
-        slots: dict[int, list[int]] = {state: [] for state in LIVING}
         for fd, slot in enumerate(self.slots[: self.top]):
             slot.watches[:] = 0, 0
-            if copies[fd]:
-                slots[slot.state].append(fd)
-            else:
-                slot.state = FREE
-        self.held = len(slots[HELD])
+            slot.state = slot.state if copies[fd] else FREE
+        self.held = self.slot_states().count(HELD)
         log.error("the keeper was killed; its twin goes on with %d sessions", self.held)
-        self.twin = None
         self.counts.clear()
-        if self.channel.fileno() < 0:  # the master was gone already, as this end of a pair tells
-            self.channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            other.close()
-        self.start(self.channel)
+        # If the master was gone already, this end of a pair tells it as well.
+        self.run(ours if self.channel.fileno() < 0 else self.channel)
+
+    def resume(self) -> None:
+        """Go on with what a killed keeper has left in the slots, if this is its survivor. An
+        OFFERED session is its sender's until the "!" has come: it may wait unread in the channel,
+        of which there is a copy, too."""
+        slots: dict[int, list[int]] = {state: [] for state in (FREE, *LIVING)}
+        for fd, state in enumerate(self.slot_states()):
+            slots[state].append(fd)
         for fd in slots[HELD] + slots[OFFERED]:
             self.make_bed(fd)
         for fd in slots[HELD]:  # who speaks is answered at once; to arm 10,000 takes a second
             self.tend(fd)
         self.arm_all(slots[HELD])
-        offered = set(slots[OFFERED])
         for number in slots[CHANNEL]:
-            if (fd := int(self.slots[number].text)) in offered:
-                offered.discard(fd)
-                held = fd, self.slots[fd].known(), number
-                self.expect(socket.socket(fileno=number), held)
+            fd = int(self.slots[number].text)
+            if self.slots[fd].state == OFFERED:
+                self.expect(socket.socket(fileno=number), (fd, self.slots[fd].known(), number))
             else:  # the "!" was read, or the offer had come to nothing
-                self.slots[number].state = FREE
-                os.close(number)
-        for fd in (*offered, *slots[COPIED]):
+                slots[COPIED].append(number)
+        for fd in slots[COPIED]:
             self.slots[fd].state = FREE
-            self.unwatch(fd)
             os.close(fd)
-        self.update()
-        self.loop.run()
-        self.end_twin()
 
     def arm_all(self, fds: list[int]) -> None:
         for fd in fds[:ARMED]:
@@ -2270,6 +2248,8 @@ class Keeper(Service):
                 self.arm(fd, self.slots[fd].known())
         if len(fds) > ARMED:
             self.loop.later(0, partial(self.arm_all, fds[ARMED:]))
+        else:  # to fork with 10,000 descriptors takes long: only now
+            self.spawn_twin()
 
 
 # ------------------------------------------------------------------------------------------------
