@@ -2213,7 +2213,8 @@ class Keeper(Service):
         self.sweep(copies)
         for fd, slot in enumerate(self.slots[: self.top]):
             slot.watches[:] = 0, 0
-            slot.state = slot.state if copies[fd] else FREE
+            if not copies[fd]:
+                slot.state = FREE
         self.held = self.slot_states().count(HELD)
         log.error("the keeper was killed; its twin goes on with %d sessions", self.held)
         self.counts.clear()
@@ -2231,7 +2232,6 @@ class Keeper(Service):
             self.make_bed(fd)
         for fd in slots[HELD]:  # who speaks is answered at once; to arm 10,000 takes a second
             self.tend(fd)
-        self.arm_all(slots[HELD])
         for number in slots[CHANNEL]:
             fd = int(self.slots[number].text)
             if self.slots[fd].state == OFFERED:
@@ -2241,6 +2241,7 @@ class Keeper(Service):
         for fd in slots[COPIED]:
             self.slots[fd].state = FREE
             os.close(fd)
+        self.arm_all(slots[HELD])
 
     def arm_all(self, fds: list[int]) -> None:
         for fd in fds[:ARMED]:
@@ -2660,7 +2661,8 @@ class Master:
             log.error("refused: %s", error)
             tell(f"refused: {error}")
         finally:
-            notify("READY=1")
+            if self.settled:
+                notify("READY=1")
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
 
 

@@ -2210,6 +2210,24 @@ def test_systemd_is_told_of_ready_reload_and_stop(name, tmp_path, monkeypatch):
         assert systemd.recv(99) == b"STOPPING=1"
 
 
+def test_a_reload_refused_before_the_start_is_done_does_not_tell_systemd_that_it_is(
+    tmp_path, monkeypatch
+):
+    patch = (
+        "tick, hibernate.CHECK_TIME = hibernate.Master.tick, 0\n"
+        "hibernate.Master.tick = lambda self: (self.settled or self.reload(), tick(self))"
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        with PatchedServer(patch=patch, allow="refused: ") as server:
+            assert "refused: " in server.log()
+        told = []
+        while b"STOPPING=1" not in told:
+            told.append(systemd.recv(99))
+        assert told[0].startswith(b"RELOADING=1") and told.count(b"READY=1") == 1
+
+
 def test_a_reload_makes_anew_what_was_removed_of_base_dir_and_loses_nobody():
     with Server() as server:
         sleeper, awake = Imap(server, "alice"), Imap(server, "bob")
