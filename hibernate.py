@@ -2312,8 +2312,6 @@ class Pool:
 class Master:
     """Runs a program's services until it is told to stop."""
 
-    control: socket.socket  # the inbox of commands
-
     def __init__(self, config: Config, ready: Callable[[Master], None] | None) -> None:
         """`ready` is called once, when all listen and every reserve has reported; after a reload
         only if it has not been called before."""
@@ -2327,7 +2325,7 @@ class Master:
         self.groups = {  # see open_listeners()
             key: [socket.socket(fileno=fd) for fd in fds] for key, fds in inherited.items()
         }
-        if "master" in self.groups:  # over an exec who asks waits for the answer
+        if "master" in self.groups:  # the inbox of commands: who asks waits over an exec
             [self.control] = self.groups.pop("master")
         self.pools: list[Pool] = []
         users = {service.user for service in config.sections.values()} - {""}
