@@ -3807,16 +3807,9 @@ class Parser:
     """Takes the arguments off a command, each with the space before it. What RFC 3501 section 9
     doesn't allow is BadCommand."""
 
-    view: View  # what the sets of a SEARCH are about
-
-    def __init__(self, text: bytes) -> None:
-        self.text, self.at, self.keys, self.see, self.modseq_asked = text, 0, 0, False, False
-        at = 0
-        while found := LITERAL.search(self.text, at):  # it becomes a quoted string
-            end = found.end() + int(found[1])
-            data = b'"%b"' % re.sub(rb'(["\\])', rb"\\\1", self.text[found.end() : end])
-            self.text = self.text[: found.start()] + data + self.text[end:]
-            at = found.start() + len(data)
+    def __init__(self, text: bytes, view: View | None) -> None:
+        self.text, self.view, self.at = text, view, 0
+        self.keys, self.see, self.modseq_asked = 0, False, False
 
     def may(self, pattern: bytes) -> re.Match[bytes] | None:
         found = re.compile(pattern).match(self.text, self.at)
@@ -3863,7 +3856,7 @@ class Parser:
         name = self.mailbox()
         flags = self.flags() if self.may(rb"(?= \()") else ("", [])
         when = self.time() if self.may(rb'(?= "[^"])') else None
-        self.must(rb' ""')
+        self.must(rb" \{\d+\+?\}\r?\n")
         return name, *flags, when
 
     def fetch(self) -> tuple[list[Item], bool, int]:
@@ -4360,14 +4353,16 @@ class ImapSession(Session):
             if text.strip().upper() != b"DONE":
                 raise BadCommand("Expected DONE")
             return "OK Idle completed."
-        found = Parser(bytes(text)).must(rb"(%b)(?: |\Z)" % TAG, "tag")
+        found = Parser(bytes(text), None).must(rb"(%b)(?: |\Z)" % TAG, "tag")
         self.running = found[1].decode()
         while self.literal >= 0 and not APPEND.match(text):
             if len(text) + self.literal >= self.input_limit:
                 raise BadCommand("[TOOBIG] Literal too long")
-            yield from self.receive(text.extend)
+            data = bytearray()
+            yield from self.receive(data.extend)
+            text[text.rindex(b"{"):] = b'"%b"' % re.sub(rb'(["\\])', rb"\\\1", data)
             text += yield from self.line()
-        return (yield from self.execute(Parser(bytes(text))))
+        return (yield from self.execute(Parser(bytes(text), self.view)))
 
     def execute(self, parser: Parser) -> Step:
         found = parser.must(rb"(?i)%b ((?:UID )?[A-Z]+)" % TAG, "command")
@@ -4378,8 +4373,6 @@ class ImapSession(Session):
             raise BadCommand(f"Unknown command {state}: {name}")
         self.by_uid = name.startswith("UID ")
         values: list[Any] = [self.view] if command.states == SELECTED else []
-        if self.view:
-            parser.view = self.view
         values += [argument(parser) for argument in command.arguments]
         parser.end()
         if CONDSTORE.search(parser.text) and not self.condstore:
@@ -4501,8 +4494,6 @@ class ImapSession(Session):
 
     def append(self, arguments: tuple[str, str, list[str], float | None]) -> Step:
         name, flags, keywords, when = arguments
-        if self.literal < 0:
-            raise BadCommand("Invalid arguments")
         if not self.literal:
             raise MailError("CANNOT", "Can't save a message without a byte")
         if self.literal > self.config.mail_max_message_size:
