@@ -3719,7 +3719,6 @@ def read_passwords(config: Config, version: object) -> dict[str, tuple[Secret, s
 class AuthSession(Session):
     """[identity, sid, remote, user, password] -> ["ok", user, ticket, seal] or ["no", reason]."""
 
-    input_limit = LOGIN_INPUT
     users: dict[str, tuple[Secret, str]] = {}
 
     @classmethod
@@ -3739,7 +3738,6 @@ class AuthSession(Session):
         except OSError as error:
             log.error("%s: %s", self.config.passwd_file, error.strerror)
             reply = ["no", "[UNAVAILABLE] Temporary authentication failure."]
-        self.buffer.clear()
         yield compact(reply).encode()
         self.ended = "answered"
 
@@ -4051,9 +4049,6 @@ class Candidate:
             found = self.parsed[self.row.uid, item] = PARSED[item](self.message)
         return found
 
-    def size(self) -> int:
-        return int(self.recall(b"RFC822.SIZE"))
-
     def when(self) -> datetime.datetime:
         """INTERNALDATE: the file's time, which renames, links and backups keep."""
         seconds = self.view.index.on_file(self.box, self.row, os.stat).st_mtime
@@ -4104,8 +4099,8 @@ SEARCH_KEYS: dict[str, tuple[Any, ...]] = {
     "KEYWORD": (0, lambda m, word: word in m.row.keywords.lower().split(), Parser.keyword),
     "UNKEYWORD": (0, lambda m, word: word not in m.row.keywords.lower().split(), Parser.keyword),
     "MODSEQ": (0, lambda m, modseq: m.row.modseq >= modseq, Parser.modseq),
-    "LARGER": (1, lambda m, size: m.size() > size, Parser.number),
-    "SMALLER": (1, lambda m, size: m.size() < size, Parser.number),
+    "LARGER": (1, lambda m, size: int(m.recall(b"RFC822.SIZE")) > size, Parser.number),
+    "SMALLER": (1, lambda m, size: int(m.recall(b"RFC822.SIZE")) < size, Parser.number),
     "BEFORE": (1, lambda m, day: m.when().toordinal() < day, Parser.day),
     "ON": (1, lambda m, day: m.when().toordinal() == day, Parser.day),
     "SINCE": (1, lambda m, day: m.when().toordinal() >= day, Parser.day),
@@ -4126,10 +4121,6 @@ for _name, _letter in LETTERS.items():
 def every(keys: list[Key]) -> Key:
     keys = sorted(keys, key=lambda key: key[0])
     return keys[-1][0], lambda m: all(test(m) for _, test in keys)
-
-
-def pieces(data: bytes) -> Iterator[bytes]:
-    return (data[at : at + 32768] for at in range(0, len(data) or 1, 32768))
 
 
 def atom_or_quoted(name: str) -> bytes:
@@ -4157,12 +4148,6 @@ def wildcard(pattern: str, name: str) -> bool:
         if not reached:
             break
     return len(name) in reached
-
-
-def with_parents(names: Sequence[str]) -> list[str]:
-    """And those that are only there because something is below them."""
-    levels = [name.split(".") for name in names]
-    return sorted({".".join(level[:n]) for level in levels for n in range(1, len(level) + 1)})
 
 
 def compact_set(uids: Sequence[int]) -> str:
@@ -4473,7 +4458,8 @@ class ImapSession(Session):
         if not pattern:
             yield row % (command, b"\\Noselect", b'""')
             return
-        every = with_parents(names)
+        paths = (itertools.accumulate(name.split("."), "{}.{}".format) for name in names)
+        every = sorted({*itertools.chain(*paths)})  # and what is only above others
         parents, mailboxes = {each.rpartition(".")[0] for each in every}, {*names}
         for name in names if lsub and not pattern.endswith("%") else every:
             if wildcard(reference + pattern, name):
@@ -4602,19 +4588,17 @@ class ImapSession(Session):
     def fetched(self, message: Candidate, items: list[Item]) -> Iterator[bytes]:
         """An answer, first what the index knows, as Dovecot orders it. Nothing is yielded before
         the message is there for the rest, and never more than an item is in memory."""
-        known, others = list[bytes](), list[Item]()
-        for name, value in dict(items).items():
-            if name in INDEXED:
-                known.append(name + b" " + value(message))
-                continue
-            others.append((name, value))
+        wanted = dict(items)
+        known = [name + b" " + wanted.pop(name)(message) for name in [*wanted] if name in INDEXED]
+        for name in wanted:
             if name in PARSED:
                 message.recall(name)
             else:
                 message.message  # noqa: B018
         text = b"* %d FETCH (%b" % (message.number, b" ".join(known))
-        for number, (name, value) in enumerate(others, len(known)):
-            yield from pieces(b"%b%b%b %b" % (text, b" "[:number], name, value(message)))
+        for number, (name, value) in enumerate(wanted.items(), len(known)):
+            data = b"%b%b%b %b" % (text, b" "[:number], name, value(message))
+            yield from (data[at : at + 32768] for at in range(0, len(data), 32768))
             text = b""
         yield text + b")\r\n"
 
