@@ -4009,12 +4009,11 @@ class View:
 
     def resize(self, dead: list[int], fresh: list[int], first: bool) -> list[str]:
         """EXPUNGE, EXISTS and RECENT."""
-        recents, stays = self.recents(), bytearray(b"\1" * len(self.uids))
-        numbers = sorted(filter(None, map(self.number, dead)), reverse=True)
+        recents, gone = self.recents(), {*dead}
+        numbers = sorted(filter(None, map(self.number, gone)), reverse=True)
         lines = [f"* {number} EXPUNGE\r\n" for number in numbers]
-        for number in numbers:  # each taken out by itself would be quadratic
-            stays[number - 1] = 0
-        self.uids = array("I", itertools.compress(self.uids, stays)) if numbers else self.uids
+        if gone:  # each taken out by itself would be quadratic
+            self.uids = array("I", itertools.filterfalse(gone.__contains__, self.uids))
         self.uids.extend(fresh)
         if fresh or first:
             lines.append(f"* {len(self.uids)} EXISTS\r\n")
@@ -4229,8 +4228,9 @@ class ImapSession(Session):
         return f"* BYE {reason}\r\n".encode()
 
     def bye(self, reason: str) -> bytes:
-        self.ended = reason
-        return self.farewell(reason)
+        """Once: a command and the look after it may find out the same."""
+        said, self.ended = self.ended, self.ended or reason
+        return b"" if said else self.farewell(reason)
 
     @classmethod
     def peeked(cls, tag: str, data: bytes) -> tuple[bytes, int, str] | None:

@@ -3184,6 +3184,16 @@ def test_an_index_deleted_under_a_session_ends_it_and_the_next_is_right(
         assert "* 3 EXISTS" in again and before and before != [x for x in again if "UIDVAL" in x]
 
 
+@table("silent", ["", ".SILENT"])
+def test_a_mailbox_deleted_under_a_session_ends_it_with_one_good_bye(server, user, silent):
+    three_messages(server, user)
+    with Imap(server, user) as client, Imap(server, user) as other:
+        client.cmd("SELECT Work")
+        other.cmd("DELETE Work")
+        client.send(f"x STORE 1 +FLAGS{silent} (\\Seen)\r\n")
+        assert client.ended().count("* BYE") == 1
+
+
 @table("part", ["tmp", "new", "cur"])
 def test_what_is_missing_of_a_maildir_is_made_again(server, user, part):
     home = three_messages(server, user)
