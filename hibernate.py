@@ -373,7 +373,7 @@ def close_all(fds: Iterable[int]) -> None:
         os.close(fd)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # told apart by identity: so NEVER can be a field's default
 class Timer:
     """A call that is due at `when` (monotonic seconds). cancel() may come late, and twice."""
 
@@ -385,7 +385,7 @@ class Timer:
         self.call = None
 
 
-NEVER = Timer(0, None, -1)
+NEVER = Timer(0, None, -1)  # in place of one that was not set yet
 
 
 class Loop:
@@ -1294,7 +1294,8 @@ class Service:
         self.unread: set[int] = set()  # of the siblings' SO_REUSEPORT sockets: see cover()
         self.covered: dict[int, float] = {}
         self.title = Title(f"{self.config.program.name}/{self.role.name}")
-        self.key = Path(self.config.inbox("key")).read_bytes()[:32] if self.role.trusted else b""
+        key = Path(self.config.base_dir, "key")
+        self.key = key.read_bytes()[:32] if self.role.trusted else b""
         with contextlib.suppress(OSError):
             self.role.session.prepare(self.config)
         drop_privileges(pool.settings)
@@ -1619,11 +1620,10 @@ class Service:
     def close_listeners(self) -> None:
         """Serve what waits in the queues first: closing them would reset it."""
         while self.sockets:
-            _, sock = self.sockets[0]
+            _, sock = self.sockets.pop()
             while newcomer := self.accept(sock):
                 self.welcome(newcomer)
             self.loop.unwatch(sock.fileno())
-            del self.sockets[0]
             sock.close()
 
     def drain(self) -> None:
@@ -1810,6 +1810,7 @@ class Keeper(Service):
         self.slots = (Slot * count).from_buffer(self.memory)
         self.held = 0
         self.period = max(1, math.ceil(self.config.idle_notify_interval or 60))
+        self.peeker = self.peek  # one bound method for all, not 64 bytes for each
         self.twin: tuple[Any, Channel] | None = None  # its process, and the way to it
 
     def start(self, channel: socket.socket) -> None:
@@ -1866,7 +1867,7 @@ class Keeper(Service):
         waiting.text = b"%d" % fd
         slot.state = waiting.state = COPIED
         self.copy(fd, number)
-        waiting.state, slot.state = CHANNEL, OFFERED  # in this order: see resume()
+        waiting.state, slot.state = CHANNEL, OFFERED  # never OFFERED without it
         return fd, state, number
 
     def listen(self, fd: int, state: State) -> bool:
@@ -1908,7 +1909,7 @@ class Keeper(Service):
         if self.beds:
             self.beds.modify(fd, select.EPOLLIN)
         else:
-            self.loop.watch(fd, READ, self.peek)
+            self.loop.watch(fd, READ, self.peeker)
 
     def unwatch(self, fd: int) -> None:
         if self.beds:
@@ -3719,6 +3720,7 @@ def read_passwords(config: Config, version: object) -> dict[str, tuple[Secret, s
 class AuthSession(Session):
     """[identity, sid, remote, user, password] -> ["ok", user, ticket, seal] or ["no", reason]."""
 
+    input_limit = LOGIN_INPUT
     users: dict[str, tuple[Secret, str]] = {}
 
     @classmethod
@@ -4048,6 +4050,9 @@ class Candidate:
             found = self.parsed[self.row.uid, item] = PARSED[item](self.message)
         return found
 
+    def size(self) -> int:
+        return int(self.recall(b"RFC822.SIZE"))
+
     def when(self) -> datetime.datetime:
         """INTERNALDATE: the file's time, which renames, links and backups keep."""
         seconds = self.view.index.on_file(self.box, self.row, os.stat).st_mtime
@@ -4098,8 +4103,8 @@ SEARCH_KEYS: dict[str, tuple[Any, ...]] = {
     "KEYWORD": (0, lambda m, word: word in m.row.keywords.lower().split(), Parser.keyword),
     "UNKEYWORD": (0, lambda m, word: word not in m.row.keywords.lower().split(), Parser.keyword),
     "MODSEQ": (0, lambda m, modseq: m.row.modseq >= modseq, Parser.modseq),
-    "LARGER": (1, lambda m, size: int(m.recall(b"RFC822.SIZE")) > size, Parser.number),
-    "SMALLER": (1, lambda m, size: int(m.recall(b"RFC822.SIZE")) < size, Parser.number),
+    "LARGER": (1, lambda m, size: m.size() > size, Parser.number),
+    "SMALLER": (1, lambda m, size: m.size() < size, Parser.number),
     "BEFORE": (1, lambda m, day: m.when().toordinal() < day, Parser.day),
     "ON": (1, lambda m, day: m.when().toordinal() == day, Parser.day),
     "SINCE": (1, lambda m, day: m.when().toordinal() >= day, Parser.day),
@@ -4147,6 +4152,12 @@ def wildcard(pattern: str, name: str) -> bool:
         if not reached:
             break
     return len(name) in reached
+
+
+def with_parents(names: Sequence[str]) -> list[str]:
+    """And those that are only there because something is below them."""
+    levels = [name.split(".") for name in names]
+    return sorted({".".join(level[:n]) for level in levels for n in range(1, len(level) + 1)})
 
 
 def compact_set(uids: Sequence[int]) -> str:
@@ -4229,8 +4240,10 @@ class ImapSession(Session):
 
     def bye(self, reason: str) -> bytes:
         """Once: a command and the look after it may find out the same."""
-        said, self.ended = self.ended, self.ended or reason
-        return b"" if said else self.farewell(reason)
+        if self.ended:
+            return b""
+        self.ended = reason
+        return self.farewell(reason)
 
     @classmethod
     def peeked(cls, tag: str, data: bytes) -> tuple[bytes, int, str] | None:
@@ -4458,8 +4471,7 @@ class ImapSession(Session):
         if not pattern:
             yield row % (command, b"\\Noselect", b'""')
             return
-        paths = (itertools.accumulate(name.split("."), "{}.{}".format) for name in names)
-        every = sorted({*itertools.chain(*paths)})  # and what is only above others
+        every = with_parents(names)
         parents, mailboxes = {each.rpartition(".")[0] for each in every}, {*names}
         for name in names if lsub and not pattern.endswith("%") else every:
             if wildcard(reference + pattern, name):
@@ -4589,14 +4601,15 @@ class ImapSession(Session):
         """An answer, first what the index knows, as Dovecot orders it. Nothing is yielded before
         the message is there for the rest, and never more than an item is in memory."""
         wanted = dict(items)
-        known = [name + b" " + wanted.pop(name)(message) for name in [*wanted] if name in INDEXED]
-        for name in wanted:
+        known = [name + b" " + value(message) for name, value in wanted.items() if name in INDEXED]
+        others = {name: value for name, value in wanted.items() if name not in INDEXED}
+        for name in others:
             if name in PARSED:
                 message.recall(name)
             else:
                 message.message  # noqa: B018
         text = b"* %d FETCH (%b" % (message.number, b" ".join(known))
-        for number, (name, value) in enumerate(wanted.items(), len(known)):
+        for number, (name, value) in enumerate(others.items(), len(known)):
             data = b"%b%b%b %b" % (text, b" "[:number], name, value(message))
             yield from (data[at : at + 32768] for at in range(0, len(data), 32768))
             text = b""
