@@ -393,7 +393,7 @@ class Loop:
 
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
-        self.keys = self.selector.get_map()
+        self.keys: dict[int, selectors.SelectorKey] = {}  # to ask get_map() takes a microsecond
         self.timers: list[tuple[float, int, Timer]] = []  # a heap: when, serial number
         self.serial = itertools.count()
         self.purge_at = 256  # so many timers are looked through for cancelled ones
@@ -408,12 +408,12 @@ class Loop:
         if not events:
             self.unwatch(fd)
         elif known is None:
-            self.selector.register(fd, events, call)
+            self.keys[fd] = self.selector.register(fd, events, call)
         elif known.events != events or known.data != call:
-            self.selector.modify(fd, events, call)
+            self.keys[fd] = self.selector.modify(fd, events, call)
 
     def unwatch(self, fd: int) -> None:
-        if fd in self.keys:
+        if self.keys.pop(fd, None):
             self.selector.unregister(fd)
 
     def later(self, seconds: float, call: Callable[[], None], fd: int = -1) -> Timer:
