@@ -2697,6 +2697,7 @@ def notify(text: str) -> None:
 INDEX_VERSION = 0x48420006  # as application_id; any other file in its place is put aside
 INDEXES_OPEN = 8  # connections a worker keeps, at about 105 KB and a descriptor each
 INDEX_PATIENCE = 0.2  # seconds to wait for another process's transaction, then NO [INUSE]
+INDEX_POLL = 0.0002  # seconds between two attempts
 EXPUNGED_KEPT = 7 * 86400  # in stamps: about as many seconds; no session is that far behind
 KEYWORD_LIMIT = 500  # keywords of one mailbox
 TICK = 500_000  # ns: less than any clock's for files that isn't exact
@@ -2801,20 +2802,25 @@ def folder_times(folder: bytes) -> tuple[int, int]:
     return -2, -2
 
 
-@lru_cache(1024)
-def told_apart(device: int, tmp: bytes) -> bool:
+TOLD_APART: dict[int, bool] = {}  # by device
+
+
+def told_apart(tmp: bytes) -> bool:
     """Do two changes of a directory always leave two times, if somebody has looked in between?
     Linux 6.13 and newer see to it on ext4, XFS and Btrfs (on tmpfs an unlink may not); else a
     clock has to tick."""
-    path, times = tmp + b"/" + unique_name(), [os.stat(tmp).st_mtime_ns]
-    with contextlib.suppress(OSError):
-        for _ in range(3):
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
-            times.append(os.stat(tmp).st_mtime_ns)
-            os.unlink(path)
-            times.append(os.stat(tmp).st_mtime_ns)
-    gaps = [after - before for before, after in itertools.pairwise(times)]
-    return len(gaps) == 6 and 0 < min(gaps) < TICK
+    before = os.stat(tmp)
+    if before.st_dev not in TOLD_APART:
+        path, times = tmp + b"/" + unique_name(), [before.st_mtime_ns]
+        with contextlib.suppress(OSError):
+            for _ in range(3):
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+                times.append(os.stat(tmp).st_mtime_ns)
+                os.unlink(path)
+                times.append(os.stat(tmp).st_mtime_ns)
+            gaps = [after - before for before, after in itertools.pairwise(times)]
+            TOLD_APART[before.st_dev] = 0 < min(gaps) < TICK
+    return TOLD_APART.get(before.st_dev, False)
 
 
 def listing(folder: bytes) -> dict[bytes, bytes]:
@@ -2895,6 +2901,22 @@ def deliver(home: str, source: BinaryIO) -> None:
         delivery.keep()
 
 
+class Connection(sqlite3.Connection):
+    """A patient one: while another process has the index, it asks again soon. SQLite's own waits
+    are 1, 2, 5 … 100 ms, but most transactions take less than one."""
+
+    def execute(self, sql: str, values: Any = (), /) -> sqlite3.Cursor:
+        end = time.monotonic() + INDEX_PATIENCE
+        while True:
+            try:
+                return super().execute(sql, values)
+            except sqlite3.OperationalError as error:
+                busy = getattr(error, "sqlite_errorcode", 0) & 255 == sqlite3.SQLITE_BUSY
+                if not busy or time.monotonic() > end:
+                    raise
+            time.sleep(INDEX_POLL)
+
+
 class Index:
     """The SQLite file of one user, and all that is done to folders under its lock. Get one by
     at() where it is needed and keep it over no yield: meanwhile the file may be another."""
@@ -2914,7 +2936,7 @@ class Index:
         """FileNotFoundError: make() it. By the `inode` open_index() tells it from others."""
         self.home, self.mark = os.fsencode(home), f"{home}/hibernate.uids"
         path = f"{home}/hibernate.sqlite3"
-        self.db = sqlite3.connect(path, timeout=INDEX_PATIENCE, isolation_level=None)
+        self.db = sqlite3.connect(path, timeout=0, isolation_level=None, factory=Connection)
         self.db.execute("PRAGMA cache_size = -64")
         self.db.execute("PRAGMA synchronous = FULL")
         # That its journal is removed is only on disk later: a power cut could take back UIDs that
@@ -2970,8 +2992,9 @@ class Index:
         """A change, on disk when it is over. If it fails, `undo` takes back what was done to
         files; killed, the next look at the folder finds it."""
         with contextlib.ExitStack() as self.undo:
-            with self.db:  # COMMIT at its end, or ROLLBACK
-                self.db.execute("BEGIN IMMEDIATE")
+            with self.db:  # ROLLBACK if it fails
+                if not self.db.in_transaction:
+                    self.db.execute("BEGIN IMMEDIATE")
                 last = self.number("SELECT stamp FROM last")
                 if not least and directory_time(self.mark) // 10**9 > last:
                     open_index.cache_clear()  # the next to ask for it gets new UIDVALIDITYs
@@ -2979,6 +3002,7 @@ class Index:
                 self.stamp = max(last + 1, int(time.time()), least)
                 self.db.execute("UPDATE last SET stamp = ?", (self.stamp,))
                 yield
+                self.db.execute("COMMIT")
             self.undo.pop_all()
         with contextlib.suppress(FileNotFoundError):  # after the commit: never ahead of it
             os.utime(self.mark, (self.stamp, self.stamp))
@@ -3110,13 +3134,24 @@ class Index:
     def refresh(self, box: Mailbox, claim: bool = False) -> Mailbox:
         """The row in agreement with its folder; its times are UNSETTLED if it may not be yet.
         `claim`: new messages are \\Recent for the caller and for nobody later."""
-        known = folder_times(self.folder(box.name)) == (box.new, box.cur)
-        if known and not (claim and box.recent < box.uidnext):
+
+        def agrees(box: Mailbox) -> bool:
+            known = folder_times(self.folder(box.name)) == (box.new, box.cur)
+            return known and not (claim and box.recent < box.uidnext)
+
+        if agrees(box):
             return box
-        with self.transaction():
-            box = self.scan(box.id)
-            if claim:
-                self.db.execute("UPDATE mailbox SET recent = uidnext WHERE id = ?", (box.id,))
+        with self.db:
+            # One mail wakes all sessions of a mailbox, in several processes. Who is not the first
+            # to get the lock finds nothing left to write, and nobody waits for the disk again.
+            self.db.execute("BEGIN IMMEDIATE")
+            if agrees(box := self.by_id(box.id)):
+                self.db.rollback()  # a COMMIT would keep readers out, if only for a moment
+                return box
+            with self.transaction():
+                box = self.scan(box.id)
+                if claim:
+                    self.db.execute("UPDATE mailbox SET recent = uidnext WHERE id = ?", (box.id,))
         return box
 
     def scan(self, number: int) -> Mailbox:
@@ -3131,7 +3166,7 @@ class Index:
         # The clock for files ticks every few milliseconds, on some file systems every 2 seconds.
         young = any(abs(now - t) < (YOUNG if t % 10**9 else 2 * 10**9) for t in times)
         tmp = folder + b"/tmp"
-        young = young and not told_apart(os.stat(tmp).st_dev, tmp)
+        young = young and not told_apart(tmp)
         found = listing(folder)
         with contextlib.suppress(OSError):  # what was left unfinished 36 hours ago (Maildir's rule)
             for entry in os.scandir(tmp):

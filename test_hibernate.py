@@ -838,7 +838,7 @@ def program(*arguments, cwd="/tmp", input=b"", **options):
 @fixture(scope="module")
 def server():
     """One server for the tests that need no other; each takes a user of its own."""
-    users = [f"user{n}" for n in range(100)]
+    users = [f"user{n}" for n in range(200)]
     with Server(users=users) as running:
         running.fresh = iter(users)
         yield running
@@ -3024,6 +3024,38 @@ def test_who_listens_to_a_mailbox_whose_index_is_busy_does_not_hold_up_the_other
             client.until(r"^\* 1 EXISTS$")
             client.close()
         assert count > 30
+
+
+def test_of_several_processes_that_look_at_once_one_writes(hibernate, tmp_path):
+    home = str(tmp_path)
+    box = hibernate.Index.at(home).by_name("INBOX")
+    index, file = hibernate.Index.at(home), os.stat(tmp_path / "hibernate.sqlite3")
+    other = hibernate.Index(home, file.st_ino)  # another process's
+    deliver_by_hand(tmp_path)
+    seen = eventually(lambda: (found := index.refresh(box)).new > 0 and found)
+    stamp, mark = index.number("SELECT stamp FROM last"), os.stat(tmp_path / "hibernate.uids")
+    assert other.refresh(box) == seen  # the row is from before, as if they had waited for the lock
+    assert other.number("SELECT stamp FROM last") == stamp
+    assert os.stat(tmp_path / "hibernate.uids").st_mtime_ns == mark.st_mtime_ns
+    assert other.refresh(box, claim=True).recent == 1  # nobody has been told of the message
+    assert index.refresh(seen, claim=True).recent == 2
+    hibernate.open_index.cache_clear()
+
+
+def test_a_busy_index_is_waited_for_but_not_for_long(server, user):
+    with Imap(server, user) as client:
+        client.cmd("SELECT INBOX")
+        path = server.home(user) / "hibernate.sqlite3"
+        lock = sqlite3.connect(path, isolation_level=None)
+        for mode in ("IMMEDIATE", "EXCLUSIVE"):  # writing, and in its commit
+            lock.execute(f"BEGIN {mode}")
+            client.cmd("CREATE Work", r"NO \[INUSE\]")
+            client.send("x CREATE Work\r\n")
+            time.sleep(0.05)
+            lock.execute("ROLLBACK")
+            client.until("^x OK")
+            client.cmd("DELETE Work")
+        lock.close()
 
 
 def test_pythons_imaplib_is_served(server, user):
