@@ -771,7 +771,8 @@ def test_a_second_start_in_the_same_directory_leaves_the_first_its_demo_user():
     with the_default_port(), Clone() as server:
         program = server.dir / "hibernate.py"
         program.write_text(program.read_text().replace("BIND_TIME = 5.0", "BIND_TIME = 0.1"))
-        done = subprocess.run(server.command(), cwd=server.dir, capture_output=True, timeout=PATIENCE)
+        done = subprocess.run(
+            server.command(), cwd=server.dir, capture_output=True, timeout=PATIENCE)
         assert (done.returncode, done.stdout) == (69, b"") and b"is in use" in done.stderr, done
         with Imap(server, "demo") as client:
             client.cmd("SELECT INBOX")
@@ -2300,7 +2301,8 @@ def test_a_reload_for_whose_inboxes_there_is_no_room_is_refused():
 
 def test_a_server_that_is_reloaded_before_it_is_ready_still_says_that_it_is():
     patch = "hibernate.Master.tick = lambda self: self.reload() if self.ready else None"
-    with PatchedServer(patch=f"import os\nif hibernate.INHERIT not in os.environ: {patch}") as server:
+    patch = f"import os\nif hibernate.INHERIT not in os.environ: {patch}"
+    with PatchedServer(patch=patch) as server:
         assert "reloading" in server.log()
         assert server.run("reload").returncode == 0
         assert server.ask(b"status")
@@ -4367,14 +4369,15 @@ class Bench:
     def sample(self, name, lines, back, size=300, batch=2000):
         """Latency one at a time, then CPU of many; `back` takes each into IDLE again."""
         taken, _, _ = self.talk(lines, 1, 60, 0, size, fleets=1)
-        last = size + batch // len(self.fleets)
-        (many, lost, _), cpu = self.spent(self.talk, lines, 8, 120, size, last)
-        if not many:  # few sessions: the sample itself has to do
-            self.talk(back, 8, 60)
+        self.talk(back, 8, 60, 0, size, fleets=1)
+        first, last = size, size + batch // len(self.fleets)
+        (many, lost, _), cpu = self.spent(self.talk, lines, 8, 120, first, last)
+        if not many:  # few sessions: the sample's have to do
+            first, last = 0, None
             self.all_asleep()
             (many, lost, _), cpu = self.spent(self.talk, lines, 8, 120)
         self.latency(name, taken, cpu * len(taken) / max(1, len(many)))
-        self.talk(back, 8, 60, 0, last if len(many) else None)
+        self.talk(back, 8, 60, first, last)
         self.row(f"{name}, lost", lost)
         self.all_asleep()
 
