@@ -1761,6 +1761,7 @@ class Title:
 # their numbers may be of their predecessors.
 FREE, HELD, GONE, OFFERED, CHANNEL, COPIED = range(6)
 LIVING = (HELD, OFFERED, CHANNEL, COPIED)
+IS_DEAD = bytes(state not in LIVING for state in range(256))  # for translate()
 TEXT_SIZE = 296
 SWEEP_TIME = 2.0  # seconds between two looks of a twin
 TWIN_TIME = 1.0  # seconds that a keeper waits for a twin that does not read, at most
@@ -1789,7 +1790,7 @@ class Slot(ctypes.Structure):
         return State.decode(self.lines()[0])
 
     def tag(self) -> str:
-        return self.lines()[2]
+        return str(self.text.rpartition(b"\n")[2], "utf-8")
 
 
 def slot_text(*lines: str) -> bytes:
@@ -2003,7 +2004,8 @@ class Keeper(Service):
         for second in range(max(self.turned, now - self.period) + 1, now + 1):
             at = second % self.period
             for fd in set(self.turns.pop(at, ())):
-                if self.slots[fd].state == HELD and self.slots[fd].beat == at:
+                slot = self.slots[fd]
+                if slot.state == HELD and slot.beat == at:
                     self.turns[at].append(fd)
                     self.loop.guarded(fd, self.take_turn, fd)
         self.turned = now
@@ -2200,14 +2202,14 @@ class Keeper(Service):
     def sweep(self, copies: bytearray) -> None:
         """Close what is not, or no longer, in the slots."""
         self.slots[0].rest = int(time.monotonic())
-        states = self.slot_states()
-        for fd in itertools.compress(range(len(states)), copies):
-            if states[fd] not in LIVING:
+        dead = self.slot_states().translate(IS_DEAD)
+        for fd in itertools.compress(range(len(dead)), dead):
+            if copies[fd]:
                 copies[fd] = 0
                 with contextlib.suppress(OSError):  # one that came and went during the fork
                     os.close(fd)
         name = f"{self.config.program.name}/{self.role.name}-twin"
-        self.title.set(f"{name} [{sum(copies)} copies]")
+        self.title.set(f"{name} [{copies.count(1)} copies]")
 
     def survive(self, ours: socket.socket, copies: bytearray) -> None:
         """The keeper is dead."""
@@ -3149,17 +3151,16 @@ class Index:
                 self.db.rollback()  # a COMMIT would keep readers out, if only for a moment
                 return box
             with self.transaction():
-                box = self.scan(box.id)
+                box = self.scan(box)
                 if claim:
                     self.db.execute("UPDATE mailbox SET recent = uidnext WHERE id = ?", (box.id,))
         return box
 
-    def scan(self, number: int) -> Mailbox:
+    def scan(self, box: Mailbox) -> Mailbox:
         """Bring the rows in line with the folder. readdir(3) may miss a file that is renamed
         meanwhile, so a message is only gone if it is missing in a folder whose times were old
         before the listing, and the same after it."""
-        box, changed, gone = self.by_id(number), [], []
-        folder = self.must_exist(box.name)
+        folder, changed, gone = self.must_exist(box.name), [], []
         times, now = folder_times(folder), time.clock_gettime_ns(FILE_CLOCK)
         if times == (box.new, box.cur):
             return box
@@ -3281,7 +3282,7 @@ class Index:
     def expunge(self, number: int, uids: Sequence[int]) -> None:
         """Those that are \\Deleted."""
         with self.transaction():
-            box = self.scan(number)  # somebody may have taken \Deleted off again
+            box = self.scan(self.by_id(number))  # \Deleted may have been taken off again
             rows = [row for row in self.rows(number, uids) if "T" in row.flags]
             for row in rows:
                 with contextlib.suppress(Vanished):
