@@ -1790,7 +1790,7 @@ class Slot(ctypes.Structure):
         return State.decode(self.lines()[0])
 
     def tag(self) -> str:
-        return str(self.text.rpartition(b"\n")[2], "utf-8")
+        return self.lines()[2]
 
 
 def slot_text(*lines: str) -> bytes:
@@ -2811,9 +2811,9 @@ def told_apart(tmp: bytes) -> bool:
     """Do two changes of a directory always leave two times, if somebody has looked in between?
     Linux 6.13 and newer see to it on ext4, XFS and Btrfs (on tmpfs an unlink may not); else a
     clock has to tick."""
-    before = os.stat(tmp)
-    if before.st_dev not in TOLD_APART:
-        path, times = tmp + b"/" + unique_name(), [before.st_mtime_ns]
+    start = os.stat(tmp)
+    if start.st_dev not in TOLD_APART:
+        path, times = tmp + b"/" + unique_name(), [start.st_mtime_ns]
         with contextlib.suppress(OSError):
             for _ in range(3):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
@@ -2821,8 +2821,8 @@ def told_apart(tmp: bytes) -> bool:
                 os.unlink(path)
                 times.append(os.stat(tmp).st_mtime_ns)
             gaps = [after - before for before, after in itertools.pairwise(times)]
-            TOLD_APART[before.st_dev] = 0 < min(gaps) < TICK
-    return TOLD_APART.get(before.st_dev, False)
+            TOLD_APART[start.st_dev] = 0 < min(gaps) < TICK
+    return TOLD_APART.get(start.st_dev, False)
 
 
 def listing(folder: bytes) -> dict[bytes, bytes]:
