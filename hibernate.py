@@ -349,7 +349,7 @@ class Config(Section):
                 service.open(service.listener.listener)
             spare = service.process_limit - service.process_min_avail
             if spare < 0:
-                line = max(service.lines.values())
+                line = max(service.lines["process_limit"], service.lines["process_min_avail"])
                 self.fail(line, f"{name}: process_min_avail is above process_limit")
             for listener in service.sections.values():
                 if listener.reuse_port and spare:
@@ -532,15 +532,15 @@ class Channel:
     """One SEQPACKET connection between two processes.
 
     heard(channel, message, fds) is called for each message and owns its descriptors; b"" is the
-    end of the channel, by the peer or after `timeout` seconds of silence, and comes once.
+    end of the channel, by the peer or `timeout` seconds from now (see expire()), and comes once.
     """
 
     def __init__(self, loop: Loop, sock: socket.socket, heard: Heard, timeout: float = 0) -> None:
         self.loop, self.sock, self.heard = loop, sock, heard
         self.timer = NEVER
         sock.setblocking(False)
+        loop.watch(sock.fileno(), READ, self.readable)  # epoll(7) may refuse it: no timer then
         self.expire(timeout)
-        loop.watch(sock.fileno(), READ, self.readable)
 
     def expire(self, seconds: float, word: bytes = b"") -> None:
         """heard() of the end, or of `word`, after so many seconds from now; 0: not at all."""
@@ -980,7 +980,7 @@ def changed_since(paths: list[str], times: Sequence[int], young: int) -> bool:
 class Phase(enum.Enum):
     RUNNING = "executes commands, or is at rest"
     WAITING = "its reply waits for another process, or for time"
-    MOVING = "a hand-over is under way: nothing is read or written"
+    MOVING = "a hand-over is under way: nothing is executed"
     CLOSED = "not ours any more"
 
 
@@ -1003,6 +1003,7 @@ class Client:
     timer: Timer = NEVER  # see clock()
     beat: Timer = NEVER  # the next keepalive
     again: Timer = NEVER  # the next look: one is enough
+    wait: float = 0  # seconds before it, twice as long each time
     move: Move | None = None
     watches: list[int] = field(default_factory=list)
     loop: Loop = field(init=False)
@@ -1121,9 +1122,12 @@ class Client:
         else:
             if self.listen():  # not at once, but when times that are young have settled
                 spent = time.monotonic() - self.rested  # if the last look took long, later
-                wait = max(1.25 * YOUNG / 1e9, min(9 * spent, Watcher.POLL))
+                self.wait = max(1.25 * YOUNG / 1e9, min(max(9 * spent, self.wait), Watcher.POLL))
                 self.again.cancel()
-                self.again = self.loop.later(wait, self.look)
+                self.again = self.loop.later(self.wait, self.look)
+                self.wait *= 2  # on a full disk it fails, and its times stay what they were
+            else:
+                self.wait = 0
             self.clock()
 
     def listen(self) -> bool:
@@ -1263,10 +1267,10 @@ class Client:
         self.unlisten()
         self.timer.cancel()
         self.again.cancel()
-        if self.reply:
-            self.reply.close()
-        self.session.closed()
         self.service.clients.pop(self.fd, None)
+        if self.reply:
+            self.loop.guarded(-1, self.reply.close)
+        self.loop.guarded(-1, self.session.closed)  # a bug in it must not cost the place, too
 
 
 class Service:
@@ -1601,7 +1605,7 @@ class Service:
         elif name == "close":
             self.close_listeners()
         elif name == "end-if-idle" and not self.count() and not self.arrivals:
-            self.loop.running = False
+            self.draining = True  # update() ends it, and accepts nobody of the same batch
         elif name == "full":
             self.stretched = True
             if float(rest) > FULL_TIME and not self.role.sheds:
@@ -2883,7 +2887,7 @@ class Delivery:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # a full disk: close() tries to write what is left
             self.file.close()
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # scan() removes what can't be removed now
             os.unlink(self.path)
 
 

@@ -52,6 +52,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 try:
@@ -598,6 +599,99 @@ def part_lines():
     rows = PROGRAM.read_text().splitlines()
     rules = (re.match(r"# (\d+)  \w", row) for row in rows)
     return {int(rule[1]): line for line, rule in enumerate(rules, 1) if rule}
+
+
+@contextlib.contextmanager
+def service_here(hibernate, monkeypatch, folder, session_class):
+    """A service that runs in this process, the address of its listener, and its master's end."""
+    monkeypatch.setattr(hibernate, "drop_privileges", lambda settings: None)  # it is for good
+    monkeypatch.setattr(hibernate.Title, "set", lambda title, text: None)
+    role = hibernate.Role("s", session_class, listener="l")
+    config = hibernate.Config(hibernate.Program("t", (role,)))
+    config.values |= {"base_dir": str(folder), "hibernate_timeout": 0}
+    listener = socket.create_server(("127.0.0.1", 0))
+    inbox = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    inbox.bind(f"{folder}/s")
+    inbox.listen()
+    for sock in (listener, inbox):
+        sock.setblocking(False)
+    pool = types.SimpleNamespace(
+        role=role, inbox=inbox, listeners=[[listener]], settings=config.sections["s"]
+    )
+    service = hibernate.Service(types.SimpleNamespace(config=config, peers=set()), pool, 0)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    before = signal.getsignal(signal.SIGTERM)
+    service.start(theirs)
+    service.update()
+    with listener, inbox, ours, theirs:
+        yield service, listener.getsockname(), ours
+    signal.signal(signal.SIGTERM, before)
+    service.loop.close()
+
+
+def run_for(service, seconds):
+    service.loop.later(seconds, lambda: setattr(service.loop, "running", False))
+    service.loop.run()
+    service.loop.running = True
+
+
+def test_a_session_that_fails_at_its_end_gives_back_its_place_and_its_socket(
+    hibernate, monkeypatch, tmp_path
+):
+    class Broken(hibernate.Session):
+        def closed(self):
+            raise OSError("read-only file system")
+
+    here = service_here(hibernate, monkeypatch, tmp_path, Broken)
+    with here as (service, address, _), socket.create_connection(address) as client:
+        run_for(service, 0.1)
+        assert service.count() == 1
+        client.shutdown(socket.SHUT_WR)
+        run_for(service, 0.1)
+        assert service.count() == 0
+        client.settimeout(1)
+        assert client.recv(1) == b""
+
+
+def test_a_process_that_ends_since_it_is_idle_accepts_nobody_at_that_very_moment(
+    hibernate, monkeypatch, tmp_path
+):
+    class Greeter(hibernate.Session):
+        def opened(self):
+            yield b"hello"
+
+    here = service_here(hibernate, monkeypatch, tmp_path, Greeter)
+    with here as (service, address, master):
+        master.send(b"end-if-idle")  # epoll(7) tells what is ready in the order of its coming
+        with socket.create_connection(address) as client:
+            service.loop.later(5, lambda: setattr(service.loop, "running", False))
+            service.loop.run()
+            assert service.count() == 0
+            client.setblocking(False)
+            with pytest.raises(BlockingIOError):  # it waits in the queue, for a sibling
+                client.recv(100)
+
+
+def test_a_look_that_fails_is_tried_again_ever_more_seldom(hibernate, monkeypatch, tmp_path):
+    class Looker(hibernate.Session):
+        watch_dirs, looks, user, home = ("new",), 0, "u", str(tmp_path)
+
+        def __init__(self):
+            super().__init__()
+            self.tag = "t"
+
+        def watch(self):
+            return "", (1,)  # as if a full disk kept it from ever knowing the time
+
+        def stirred(self):
+            self.__class__.looks += 1
+            yield b""
+
+    (tmp_path / "new").mkdir()
+    here = service_here(hibernate, monkeypatch, tmp_path, Looker)
+    with here as (service, address, _), socket.create_connection(address):
+        run_for(service, 1.5)
+        assert 2 <= Looker.looks <= 8
 
 
 def test_the_engine_names_no_protocol_and_nothing_of_the_parts_behind_it():
@@ -3541,7 +3635,9 @@ BAD_CONFIGURATIONS = [
     ("service imap-login {\n inet_listener x {\n  port = 99999\n }\n}", 3),
     ("service imap-login {\n inet_listener x {\n  address = nowhere\n }\n}", 3),
     ("service imap-login {\n inet_listener x {\n  reuse_port = yes\n }\n}", 3),
-    ("service imap-login {\n process_min_avail = 9\n}", 2), (f"base_dir = /{'x' * 120}", 1),
+    ("service imap-login {\n process_min_avail = 9\n}", 2),
+    ("service imap-login {\n process_min_avail = 9\n idle_kill = 4 s\n}", 2),
+    (f"base_dir = /{'x' * 120}", 1),
     ("imap_max_line_length = huge", 1), ("mail_location = mbox:x", 1), ("\x00", 1),
     ("service imap {\n inet_listener x {\n }\n}", 2), ("base_dir = x\nbase_dir", 2),
     ("service imap {\n user = nobody-of-that-name\n}", 2), ("\udcff\udcfe", 1), (None, 0),
