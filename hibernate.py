@@ -1122,10 +1122,10 @@ class Client:
         else:
             if self.listen():  # not at once, but when times that are young have settled
                 spent = time.monotonic() - self.rested  # if the last look took long, later
-                self.wait = max(1.25 * YOUNG / 1e9, min(max(9 * spent, self.wait), Watcher.POLL))
+                # On a full disk a look fails, and its times stay what they were.
+                self.wait = min(max(1.25 * YOUNG / 1e9, 9 * spent, 2 * self.wait), Watcher.POLL)
                 self.again.cancel()
                 self.again = self.loop.later(self.wait, self.look)
-                self.wait *= 2  # on a full disk it fails, and its times stay what they were
             else:
                 self.wait = 0
             self.clock()
@@ -1527,10 +1527,10 @@ class Service:
 
     def abandon(self, client: Any, shutdown: bool = False) -> None:
         """Not ours: close the copy and touch nothing; `shutdown` ends it for every holder."""
-        client.session.closed()
         if shutdown:
             end_socket(client.sock)
         client.sock.close()
+        self.loop.guarded(-1, client.session.closed)
 
     # Hand-over, the sender's half: see Mover
 

@@ -623,13 +623,17 @@ def service_here(hibernate, monkeypatch, folder, session_class):
     before = signal.getsignal(signal.SIGTERM)
     service.start(theirs)
     service.update()
-    with listener, inbox, ours, theirs:
-        yield service, listener.getsockname(), ours
-    signal.signal(signal.SIGTERM, before)
-    service.loop.close()
+    try:
+        with listener, inbox, ours, theirs:
+            yield service, listener.getsockname(), ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        service.loop.close()
+        os.close(service.watcher.fd)
 
 
 def run_for(service, seconds):
+    """Run its loop so long, or until it ends by itself."""
     service.loop.later(seconds, lambda: setattr(service.loop, "running", False))
     service.loop.run()
     service.loop.running = True
@@ -664,8 +668,7 @@ def test_a_process_that_ends_since_it_is_idle_accepts_nobody_at_that_very_moment
     with here as (service, address, master):
         master.send(b"end-if-idle")  # epoll(7) tells what is ready in the order of its coming
         with socket.create_connection(address) as client:
-            service.loop.later(5, lambda: setattr(service.loop, "running", False))
-            service.loop.run()
+            run_for(service, 5)
             assert service.count() == 0
             client.setblocking(False)
             with pytest.raises(BlockingIOError):  # it waits in the queue, for a sibling
