@@ -678,33 +678,37 @@ def ticket(key: bytes, name: str, sid: str, user: str, remote: str, home: str) -
 
 
 class Mover:
-    """The sender's half, for all sessions of a process; also asks questions of other services.
+    """The sender's half towards one service, for all sessions of a process; also asks questions.
 
     At most IN_FLIGHT at once, the others wait in order of deadline; all that is refused is tried
     again from one timer. It calls parcel(fd) for the record (None: the session is over), then
     leaving(fd), "!" and given(fd), or stays(fd) if that fails; and kept(fd, reason) in the end.
     """
 
-    def __init__(self, loop: Loop, config: Config, owner: Service) -> None:
-        self.loop, self.config, self.owner = loop, config, owner
+    def __init__(self, owner: Service, service: str) -> None:
+        self.loop, self.owner, self.address = owner.loop, owner, owner.config.inbox(service)
         self.queue: list[tuple[float, int]] = []  # deadline, descriptor
-        self.target: dict[int, tuple[str, float, bytes]] = {}  # service, deadline, question
+        self.offers: dict[int, tuple[float, bytes]] = {}  # deadline, question
         self.channels: dict[int, Channel] = {}
         self.timer = self.pause = NEVER  # the next offer(); none before the end of a pause
-        self.moved_at: dict[str, float] = {}  # when a service has taken the last session
-        self.refusals: collections.Counter[str] = collections.Counter()
+        self.moved_at = -math.inf  # when it has taken the last session
 
-    def give(self, fd: int, service: str, patience: float, question: bytes = b"") -> None:
-        """Hand the session over to `service`: ends in given() or, after `patience`, in kept().
-        With a question nothing is handed over: kept() tells the answer, or ""."""
+    def give(self, fd: int, patience: float, question: bytes = b"") -> None:
+        """Hand the session over: ends in given() or, after `patience` seconds, in kept(). With a
+        question nothing is handed over: kept() tells the answer, or ""."""
         deadline = time.monotonic() + patience
-        self.target[fd] = service, deadline, question
+        self.offers[fd] = deadline, question
         heapq.heappush(self.queue, (deadline, fd))
         self.soon()
 
+    def hurry(self, fd: int, patience: float) -> None:
+        """For parcel(): now somebody waits for this one."""
+        deadline, question = self.offers[fd]
+        self.offers[fd] = min(deadline, time.monotonic() + patience), question
+
     def keep(self, fd: int) -> None:
         """Give up: the receiver sees the channel's end and touches nothing."""
-        self.target.pop(fd, None)
+        self.offers.pop(fd, None)
         if channel := self.channels.pop(fd, None):
             channel.close()
             self.soon()  # there is a place for the next one
@@ -718,7 +722,7 @@ class Mover:
     def offer(self) -> None:
         while self.queue and len(self.channels) < IN_FLIGHT and not self.pause.call:
             deadline, fd = heapq.heappop(self.queue)
-            service, known, question = self.target.get(fd, ("", 0.0, b""))
+            known, question = self.offers.get(fd, (0.0, b""))
             if known != deadline or fd in self.channels:
                 continue  # an entry of the past
             if not (message := question or self.loop.guarded(fd, self.owner.parcel, fd)):
@@ -726,20 +730,20 @@ class Mover:
                 continue
             try:
                 sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                left = deadline - time.monotonic()
+                left = self.offers[fd][0] - time.monotonic()
                 # To give up an offer that is behind others in a drain would cost its place.
-                drains = self.owner.draining and left > 0 or self.flows(service)
+                drains = self.owner.draining and left > 0 or self.flows()
                 wait = ANSWER_TIME if drains else min(ANSWER_TIME, max(left, RETRY_TIME))
                 channel = Channel(self.loop, sock, partial(self.answered, fd), wait)
                 self.channels[fd] = channel
-                sock.connect(self.config.inbox(service))
+                sock.connect(self.address)
                 channel.send(message, *([] if question else [fd]))
             except OSError as error:
                 self.refused(fd, errno.errorcode.get(error.errno or 0, "?"))
 
     def answered(self, fd: int, channel: Channel, reply: bytes, fds: list[int]) -> None:
         close_all(fds)
-        if reply and self.target[fd][2]:
+        if reply and self.offers[fd][1]:
             self.keep(fd)
             self.owner.kept(fd, reply.decode())
         elif reply == b"+":
@@ -750,29 +754,29 @@ class Mover:
                 self.owner.stays(fd)
                 self.refused(fd, "lost")
             else:
-                self.moved_at[self.target[fd][0]] = time.monotonic()
+                self.moved_at = time.monotonic()
                 self.keep(fd)
                 self.owner.given(fd)
         else:
             self.refused(fd, reply[1:80].decode("ascii", "replace") or "lost")
 
-    def flows(self, service: str) -> bool:
+    def flows(self) -> bool:
         """In a drain: does the service take one session after the other? Then nobody's time is
         up, for it is their number that takes long."""
-        moved = time.monotonic() - self.moved_at.get(service, -math.inf)
-        return self.owner.draining and moved < FLOW_TIME
+        return self.owner.draining and time.monotonic() - self.moved_at < FLOW_TIME
 
     def refused(self, fd: int, reason: str) -> None:
-        self.refusals[reason if reason in RETRIED else "other"] += 1  # the word is the peer's
-        service, deadline, question = self.target[fd]
+        word = reason if reason in RETRIED else "other"  # for it is the peer's
+        self.owner.refusals[word] += 1
+        deadline, question = self.offers[fd]
         self.keep(fd)
         left = deadline - time.monotonic()
-        late = left <= 0 and (reason == "full" or not self.flows(service))
+        late = left <= 0 and (reason == "full" or not self.flows())
         if late or reason not in RETRIED:
             return self.owner.kept(fd, "" if question else reason)
         if not self.pause.call:
             self.pause = self.loop.later(RETRY_TIME, self.offer)
-        self.give(fd, service, max(left, 0.0), question)
+        self.give(fd, max(left, 0.0), question)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1064,7 +1068,7 @@ class Client:
             return
         self.phase = Phase.WAITING
         if isinstance(item, Ask):
-            self.service.mover.give(self.fd, item.service, MOVE_TIME, item.message)
+            self.service.mover(item.service).give(self.fd, MOVE_TIME, item.message)
         elif isinstance(item, Pause):
             self.loop.later(item.seconds, self.go_on)
         else:
@@ -1203,11 +1207,11 @@ class Client:
         self.phase = Phase.MOVING
         stays = not self.move and not self.service.draining
         self.loop.watch(self.fd, READ * stays, self.ready)
-        self.service.mover.give(self.fd, service, patience)
+        self.service.mover(service).give(self.fd, patience)
 
     def stay(self) -> None:
         if self.phase is Phase.MOVING and not self.move:
-            self.service.mover.keep(self.fd)
+            self.service.keep(self.fd)
             self.phase = Phase.RUNNING
 
     def record(self) -> bytes:
@@ -1263,7 +1267,7 @@ class Client:
         """Free what the session holds in this process, the open socket apart."""
         self.phase = Phase.CLOSED
         self.loop.unwatch(self.fd)
-        self.service.mover.keep(self.fd)
+        self.service.keep(self.fd)
         self.unlisten()
         self.timer.cancel()
         self.again.cancel()
@@ -1308,7 +1312,8 @@ class Service:
         """What is this process's own; a keeper's survivor makes it anew."""
         self.loop = Loop()
         self.loop.failed = self.failed
-        self.mover = Mover(self.loop, self.config, self)
+        self.movers: dict[str, Mover] = {}  # one each: a service that is stuck delays no other
+        self.refusals: collections.Counter[str] = collections.Counter()
         self.watcher = Watcher(self.loop, self.stirred)
         self.clients: dict[int, Client] = {}
         self.arrivals: dict[Channel, Any] = {}
@@ -1534,6 +1539,15 @@ class Service:
 
     # Hand-over, the sender's half: see Mover
 
+    def mover(self, service: str) -> Mover:
+        if service not in self.movers:
+            self.movers[service] = Mover(self, service)
+        return self.movers[service]
+
+    def keep(self, fd: int) -> None:
+        for mover in self.movers.values():
+            mover.keep(fd)
+
     def parcel(self, fd: int) -> bytes | None:
         try:
             return self.clients[fd].record()
@@ -1638,18 +1652,17 @@ class Service:
             self.loop.unwatch(self.inbox.fileno())
             # Not only close(): in a twin's copy senders would wait. They try the next inbox.
             end_socket(self.inbox)
-        self.mover.moved_at = {"": time.monotonic()}
-        self.await_heir()
+        self.await_heir(time.monotonic())
         for fd, _ in self.states():
             self.move_on(fd)
         self.update()
 
-    def await_heir(self) -> None:
+    def await_heir(self, since: float) -> None:
         """Draining: end when nobody has taken a session for long."""
-        last = max(self.mover.moved_at.values())
+        last = max([since, *(mover.moved_at for mover in self.movers.values())])
         wait = last + self.config.orphan_timeout - time.monotonic()
         if wait > 0:
-            self.loop.later(wait, self.await_heir)
+            self.loop.later(wait, partial(self.await_heir, last))
         else:
             self.stop()
 
@@ -1685,7 +1698,7 @@ class Report(Session):
             yield compact(row | {"kicked": count}).encode() + b"\n"
         elif self.what == "status":
             row |= {"slot": service.slot, "clients": service.count(), "room": service.room()}
-            row |= {"counts": service.counts, "refusals": service.mover.refusals}
+            row |= {"counts": service.counts, "refusals": service.refusals}
             yield compact(row).encode() + b"\n"
         self.ended = "done"
 
@@ -2039,7 +2052,7 @@ class Keeper(Service):
     def depart(self, fd: int, cause: str, service: str, patience: float) -> None:
         self.unwatch(fd)
         self.waking[fd] = cause
-        self.mover.give(fd, service, patience)
+        self.mover(service).give(fd, patience)
 
     def parcel(self, fd: int) -> bytes | None:
         """Look whether the client is still there: nobody watches the descriptor meanwhile."""
@@ -2056,7 +2069,7 @@ class Keeper(Service):
             return None
         if unread and self.waking[fd] == "mail":
             self.waking[fd] = "input"  # now somebody waits: should this try fail, sooner
-            self.mover.target[fd] = self.role.wakes, time.monotonic() + MOVE_TIME, b""
+            self.mover(self.role.wakes).hurry(fd, MOVE_TIME)
         slot = self.slots[fd]
         state, mark, tag = slot.lines()
         return Record(tag, slot.received, slot.sent, "", "", state, mark).encode()
@@ -2076,7 +2089,7 @@ class Keeper(Service):
     def forget(self, fd: int) -> None:
         self.unlisten(fd)
         self.unwatch(fd)
-        self.mover.keep(fd)
+        self.keep(fd)
         self.slots[fd].state = FREE
         self.waking.pop(fd, None)
         self.held -= 1
@@ -2158,7 +2171,7 @@ class Keeper(Service):
         """The twin. Each number that it uses itself is in use in the keeper, too, so that no
         session can have it: hence no selector, and the channel under the keeper's number."""
         # No destructor may close a number that is another's by then.
-        past = self.loop, self.mover, self.arrivals, self.clients, self.beds
+        past = self.loop, self.movers, self.arrivals, self.clients, self.beds
         os.dup2(theirs.fileno(), ours.fileno(), inheritable=False)
         theirs.close()
         self.loop.close()

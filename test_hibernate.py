@@ -675,6 +675,34 @@ def test_a_process_that_ends_since_it_is_idle_accepts_nobody_at_that_very_moment
                 client.recv(100)
 
 
+def test_a_service_that_is_stuck_delays_what_goes_to_no_other(hibernate, monkeypatch, tmp_path):
+    class Asker(hibernate.Session):
+        def opened(self):
+            answer = yield hibernate.Ask(*self.asks.pop(0))
+            yield answer.encode()
+
+    Asker.asks = [("stuck", b"?"), ("stuck", b"?"), ("lively", b"?")]
+    monkeypatch.setattr(hibernate, "IN_FLIGHT", 2)
+    inboxes = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+    for name, inbox in zip(("stuck", "lively"), inboxes):
+        inbox.bind(f"{tmp_path}/{name}")
+        inbox.listen()
+
+    def answer(fd, mask):
+        with inboxes[1].accept()[0] as channel:
+            channel.send(channel.recv(10) + b"!")
+
+    here = service_here(hibernate, monkeypatch, tmp_path, Asker)
+    with here as (service, address, _), inboxes[0], inboxes[1], contextlib.ExitStack() as stack:
+        service.loop.watch(inboxes[1].fileno(), hibernate.READ, answer)
+        for _ in range(3):
+            client = stack.enter_context(socket.create_connection(address))
+            run_for(service, 0.1)
+        client.settimeout(1)
+        assert client.recv(10) == b"?!"
+        assert service.count() == 3
+
+
 def test_a_look_that_fails_is_tried_again_ever_more_seldom(hibernate, monkeypatch, tmp_path):
     class Looker(hibernate.Session):
         watch_dirs, looks, user, home = ("new",), 0, "u", str(tmp_path)
