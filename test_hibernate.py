@@ -4397,8 +4397,6 @@ class Bench:
     def measure(self):
         with contextlib.ExitStack() as stack:
             stack.callback(self.stop_fleets)
-            if not self.options.quick:
-                self.awake()
             self.live = stack.enter_context(self.server("1 s"))
             self.meter = Meter(self.live)
             self.warm_up()
@@ -4413,10 +4411,13 @@ class Bench:
                     except (AssertionError, OSError, EOFError) as error:
                         self.row(f"{phase.__name__} failed", repr(error)[:60])
             self.row("errors in the log", len(self.live.errors()))
-            self.stop_fleets()
+        if not self.options.quick and time.monotonic() < self.end:
+            self.awake()
         return self.rows
 
     def awake(self):
+        """Last: ext4 passes over each inode that was freed in the last minutes one by one, so what
+        a server before deleted would make the files of new users dear."""
         with self.server("0") as self.live:
             self.meter, sessions = Meter(self.live), min(200, self.options.sessions)
             self.warm_up(sleeps=False)
