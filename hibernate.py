@@ -361,8 +361,10 @@ class Config(Section):
 # 2  Event loop and timers
 #
 # One selector, one heap of timers, one thread. Signals arrive as bytes in a pipe and so are
-# events like any other: without that, a handler runs while select() sleeps on. A callback never
-# blocks. One that raises is logged with its traceback and costs its own session, not the process.
+# events like any other: without that, a handler runs while select() sleeps on. A callback waits
+# for nobody but our own processes, and for them not long: a twin that is behind, a child that ends,
+# new code that reads its settings. One that raises is logged with its traceback and costs its own
+# session, not the process.
 # ------------------------------------------------------------------------------------------------
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
