@@ -704,9 +704,10 @@ class Mover:
         self.soon()
 
     def hurry(self, fd: int, patience: float) -> None:
-        """For parcel(): now somebody waits for this one."""
-        deadline, question = self.offers[fd]
-        self.offers[fd] = min(deadline, time.monotonic() + patience), question
+        """For parcel(): now somebody waits for this one, if it was not refused for good."""
+        if fd in self.offers:
+            deadline, question = self.offers[fd]
+            self.offers[fd] = min(deadline, time.monotonic() + patience), question
 
     def keep(self, fd: int) -> None:
         """Give up: the receiver sees the channel's end and touches nothing."""

@@ -2750,6 +2750,28 @@ def test_a_fork_that_fails_again_and_again_leaves_no_descriptor_open(tmp_path):
         client.cmd("NOOP")
 
 
+def test_a_sleeper_that_speaks_while_its_wake_is_refused_for_good_is_told():
+    patch = (
+        "read = hibernate.Service.read_record\n"
+        "def reading(service, message):\n"
+        "    record, state = read(service, message)\n"
+        "    if service.role.name == 'imap' and not state.expires:\n"
+        "        time.sleep(1)\n"
+        "        raise ValueError('no')\n"
+        "    return record, state\n"
+        "hibernate.Service.read_record = reading"
+    )
+    with PatchedServer(patch=patch, allow="could not be moved|was refused") as server:
+        client = Imap(server, "alice")
+        client.cmd("SELECT INBOX")
+        client.idle()
+        falls_asleep(server, "alice")
+        deliver_by_hand(server.home("alice"))
+        time.sleep(0.3)
+        client.send("DONE\r\n")
+        assert client.line() == "* BYE Server is too busy, please log in again"
+
+
 def test_a_process_that_dies_by_a_signal_without_a_name_is_logged_and_replaced():
     with Server(allow="status -40") as server:
         [before] = server.pids("imap")
