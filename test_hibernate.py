@@ -4433,6 +4433,7 @@ class Bench:
                     except (AssertionError, OSError, EOFError) as error:
                         self.row(f"{phase.__name__} failed", repr(error)[:60])
             self.row("errors in the log", len(self.live.errors()))
+            self.stop_fleets()
         if not self.options.quick and time.monotonic() < self.end:
             self.awake()
         return self.rows
