@@ -3627,10 +3627,14 @@ class Message:
 
     @cached_property
     def header_texts(self) -> dict[bytes, str]:
-        """The decoded fields, those of one name a line each; once for all keys of a SEARCH."""
+        """The decoded fields, those of one name a line each; once for all keys of a SEARCH. With
+        addresses as the envelope has them, for those in which white space or a comment stands."""
         found = collections.defaultdict[bytes, list[str]](list)
         for name, value in self.fields:
             found[name].append(decoded_words(value))
+            if name in (b"from", b"to", b"cc", b"bcc") and re.search(rb"[\s)]@|@[\s(]", value):
+                people = (row[2:] for row in addresses(value) if row[3])
+                found[name] += (b"@".join(person).decode("utf-8", "replace") for person in people)
         return {name: "\n".join(texts) for name, texts in found.items()}
 
     def header_text(self, name: str) -> str | None:
@@ -4628,17 +4632,19 @@ class ImapSession(Session):
             yield b""
         return f"[MODIFIED {compact_set(refused)}]" if refused else ""
 
-    def search(self, view: View, wanted: tuple[Test, bool]) -> Reply:
+    def search(self, view: View, wanted: tuple[Test, bool]) -> Step:
         test, modseqs = wanted
-        found, highest = [""], 0
+        found, highest, there = [""], 0, 0
         for message in self.walk(view, view.uids, [b"RFC822.SIZE"], False):
             with contextlib.suppress(Vanished):
                 if test(message):
                     found.append(str(message.row.uid if self.by_uid else message.number))
                     highest = max(highest, message.row.modseq)
+                there += 1
             yield b""  # the worker's other sessions have a turn
         more = f" (MODSEQ {highest})" if modseqs and highest else ""
         yield f"* SEARCH{' '.join(found)}{more}\r\n".encode()
+        return "[EXPUNGEISSUED]" if there < len(view.uids) else ""
 
     def fetch(self, view: View, ranges: bytes, wanted: tuple[list[Item], bool, int]) -> Step:
         items, see, since = wanted
@@ -4664,7 +4670,9 @@ class ImapSession(Session):
                 message.recall(name)
             else:
                 message.message  # noqa: B018
-        text = b"* %d FETCH (%b" % (message.number, b" ".join(known))
+        words = message.box.keywords.split()  # another session may have made one
+        text = "".join(message.view.flag_lines(words)).encode()
+        text += b"* %d FETCH (%b" % (message.number, b" ".join(known))
         for number, (name, value) in enumerate(others.items(), len(known)):
             data = b"%b%b%b %b" % (text, b" "[:number], name, value(message))
             yield from (data[at : at + 32768] for at in range(0, len(data), 32768))
