@@ -2723,6 +2723,7 @@ INDEX_POLL = 0.0002  # seconds between two attempts
 EXPUNGED_KEPT = 7 * 86400  # in stamps: about as many seconds; no session is that far behind
 KEYWORD_LIMIT = 500  # keywords of one mailbox
 TICK = 500_000  # ns: less than any clock's for files that isn't exact
+NO_LINK = errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP  # link(2): then copy it
 UNSETTLED = (-1, -1)  # in place of times: look again, the folder is changing right now
 LEVEL = "(?:[ -%'-\\-0-~]|&[A-Za-z0-9+,]*-)+"  # printable, modified UTF-7 (RFC 3501 5.1.3)
 NAME = re.compile(rf"(?=.{{1,240}}\Z){LEVEL}(?:\.{LEVEL})*")  # NAME_MAX is 255
@@ -3272,8 +3273,8 @@ class Index:
 
     def copy(self, source: Mailbox, uids: Sequence[int], target: Mailbox, move: bool) -> Pairs:
         """All or nothing: the UIDs here and there. A message moves by a rename: whatever happens,
-        it is in one of the two."""
-        copies = []
+        it is in one of the two; only from another file system it may end in both."""
+        copies, left = [], []
         with self.transaction():
             source, target = self.by_id(source.id), self.by_id(target.id)
             there = self.must_exist(target.name, "TRYCREATE")
@@ -3282,22 +3283,35 @@ class Index:
             words = {word for row in rows for word in row.keywords.split()}
             spelt = {word.lower(): word for word in self.known_keywords(target, words)}
             for uid, row in enumerate(rows, target.uidnext):
-                file = b"cur/" + unique_name() + b":2," + row.flags.encode()
-                self.on_file(source, row, partial(self.take, there + b"/" + file, move))
+                file, *old = self.on_file(source, row, partial(self.take, there, row.flags, move))
+                left += old
                 copies.append((uid, file, " ".join(spelt[w.lower()] for w in row.keywords.split())))
             sync_directory(there + b"/cur")
             self.put(target.id, copies)
             if move:
                 self.db.execute(f"DELETE {CHOSEN}", (source.id, compact([r.uid for r in rows])))
+        for path in left:
+            with contextlib.suppress(FileNotFoundError):  # renamed: it will be a new message
+                os.unlink(path)
         return [(row.uid, uid) for row, (uid, *_) in zip(rows, copies)]
 
-    def take(self, copy: bytes, move: bool, path: bytes) -> None:
-        if move:
-            os.rename(path, copy)
-            self.undo.callback(os.rename, copy, path)
-        else:
-            os.link(path, copy)
-            self.undo.callback(os.unlink, copy)
+    def take(self, folder: bytes, flags: str, move: bool, path: bytes) -> list[bytes]:
+        """The new file below `folder`, and the old one if it has to be removed in the end."""
+        file = b"cur/" + unique_name() + b":2," + flags.encode()
+        copy = folder + b"/" + file
+        try:
+            (os.rename if move else os.link)(path, copy)
+            self.undo.callback(*(os.rename, copy, path) if move else (os.unlink, copy))
+        except OSError as error:
+            if error.errno not in ([errno.EXDEV] if move else NO_LINK):
+                raise
+            with open(path, "rb") as source, contextlib.closing(Delivery(folder)) as delivery:
+                shutil.copyfileobj(source, delivery.file)  # its very bytes
+                delivery.finish(os.fstat(source.fileno()).st_mtime)
+                file = delivery.keep(flags)
+            self.undo.callback(os.unlink, folder + b"/" + file)
+            return [file, path][: 1 + move]
+        return [file]
 
     def expunge(self, number: int, uids: Sequence[int]) -> None:
         """Those that are \\Deleted."""

@@ -26,6 +26,7 @@ import contextlib
 import ctypes
 import dis
 import doctest
+import errno
 import functools
 import imaplib
 import importlib.util
@@ -3316,6 +3317,42 @@ def test_a_keyword_of_another_session_is_told_before_it_is_used(server, user):
         assert told[0].startswith("* FLAGS (") and "$Label" in told[0]
         assert "PERMANENTFLAGS" in told[1] and "$Label" in told[2]
         assert len(client.cmd("FETCH 1 FLAGS")) == 2
+
+
+@table("name", ["rename", "link"])
+def test_a_mailbox_on_another_file_system_takes_copies(hibernate, tmp_path, monkeypatch, name):
+    """A folder may be a link to elsewhere: link(2) and rename(2) then fail with EXDEV."""
+    real, home = getattr(os, name), str(tmp_path)
+
+    def refuses(old, new):
+        mailboxes = {os.path.dirname(os.path.dirname(path)) for path in (old, new)}
+        if os.path.isfile(old) and len(mailboxes) > 1:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        real(old, new)
+
+    monkeypatch.setattr(hibernate.os, name, refuses)
+    index = hibernate.Index.at(home)
+    index.create_folder("Archive")
+    for number in (1, 2):
+        path = tmp_path / "new" / deliver_by_hand(tmp_path, message(str(number)))
+        os.utime(path, (number, number))
+    inbox = index.refresh(index.by_name("INBOX"))
+    index.store(inbox.id, [1], "+", "S", ["work"])
+    assert index.copy(inbox, [1, 2], index.by_name("Archive"), name == "rename") == [(1, 1), (2, 2)]
+    archive = index.refresh(index.by_name("Archive"))
+    rows = index.rows(archive.id, [1, 2])
+    assert [(row.flags, row.keywords) for row in rows] == [("S", "work"), ("", "")]
+    for number, row in enumerate(rows, 1):
+        path = tmp_path / ".Archive" / os.fsdecode(row.file)
+        assert path.read_bytes() == message(str(number)) and path.stat().st_mtime == number
+    left = index.rows(inbox.id, [1, 2]), hibernate.listing(os.fsencode(tmp_path))
+    assert [len(x) for x in left] == ([0, 0] if name == "rename" else [2, 2])
+    assert not list((tmp_path / ".Archive" / "tmp").iterdir())
+    before = hibernate.listing(os.fsencode(tmp_path))
+    with pytest.raises(ZeroDivisionError), index.transaction():
+        index.take(os.fsencode(tmp_path), "", name == "rename", os.fsencode(path))
+        1 / 0  # noqa: B018
+    assert hibernate.listing(os.fsencode(tmp_path)) == before and path.exists()
 
 
 def test_what_is_no_file_is_no_message(server, user):
