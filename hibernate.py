@@ -3996,7 +3996,7 @@ class View:
     readonly: bool
     uidvalidity: int
     uidnext: int = 0  # before the first look
-    recent: list[int] = field(default_factory=list)  # pairs: UIDs from one, below the other
+    recent: list[int] = field(default_factory=list)  # pairs: UIDs from one, below next; last four
     keywords: int = -1  # how many the client knows
     modseq: int = 0  # up to here it knows of changed flags
     expunged: int = 0  # and up to here of expunged messages
