@@ -852,7 +852,8 @@ class Session:
         return True
 
     def freeze(self) -> list[Any]:
-        """As JSON. With more than some 100 bytes it is too much for a sleeper: see TEXT_SIZE."""
+        """As JSON. A sleeper has room for some 350 bytes of it, up to 100 of them at little cost:
+        see TEXT_SIZE."""
         return []
 
     def thaw(self, own: list[Any]) -> None:
@@ -1782,7 +1783,7 @@ class Title:
 FREE, HELD, GONE, OFFERED, CHANNEL, COPIED = range(6)
 LIVING = (HELD, OFFERED, CHANNEL, COPIED)
 IS_DEAD = bytes(state not in LIVING for state in range(256))  # for translate()
-TEXT_SIZE = 296
+TEXT_SIZE, TAIL_SIZE = 296, 256  # bytes of a sleeper's text, and of what goes beyond them
 SWEEP_TIME = 2.0  # seconds between two looks of a twin
 TWIN_TIME = 1.0  # seconds that a keeper waits for a twin that does not read, at most
 ARMED = 200  # sessions that a survivor watches for mail before the others have a turn
@@ -1799,23 +1800,13 @@ class Slot(ctypes.Structure):
         ("rest", ctypes.c_uint64),  # monotonic second: since when it has sent nothing
         ("received", ctypes.c_uint64),
         ("sent", ctypes.c_uint64),
-        ("text", ctypes.c_char * TEXT_SIZE),  # lines: the state as it came, its seal, the tag
+        ("text", ctypes.c_char * TEXT_SIZE),  # see Keeper.lines()
     ]  # of a CHANNEL, `text` is the number of the descriptor that is offered on it
-
-    def lines(self) -> list[str]:
-        """[state, seal, tag]; JSON has no line feed, and neither have the others."""
-        return str(self.text, "utf-8").split("\n")
-
-    def known(self) -> State:
-        return State.decode(self.lines()[0])
-
-    def tag(self) -> str:
-        return self.lines()[2]
 
 
 def slot_text(*lines: str) -> bytes:
     text = "\n".join(lines).encode()
-    if len(text) > TEXT_SIZE or 0 in text or len(lines) != text.count(b"\n") + 1:
+    if len(text) > TEXT_SIZE + TAIL_SIZE or 0 in text or len(lines) != text.count(b"\n") + 1:
         raise ValueError("more than a sleeper can have")
     return text
 
@@ -1827,8 +1818,11 @@ class Keeper(Service):
         super().__init__(master, pool, slot)
         # There are numbers beyond the slots: a twin has its log file there.
         count = min(file_limit() - 8, self.limit + 4 * RESERVE)
-        self.memory = mmap.mmap(-1, count * ctypes.sizeof(Slot))
+        size = count * ctypes.sizeof(Slot)
+        self.memory = mmap.mmap(-1, size + count * TAIL_SIZE)
         self.slots = (Slot * count).from_buffer(self.memory)
+        # Few have one, and a page takes no memory before something is written to it.
+        self.tails = (ctypes.c_char * TAIL_SIZE * count).from_buffer(self.memory, size)
         self.held = 0
         self.period = max(1, math.ceil(self.config.idle_notify_interval or 60))
         self.peeker = self.peek  # one bound method for all, not 64 bytes for each
@@ -1864,6 +1858,24 @@ class Keeper(Service):
         size = ctypes.sizeof(Slot)
         return self.memory[: self.top * size : size]
 
+    def lines(self, fd: int) -> list[str]:
+        """[state as it came, seal, tag]; JSON has no line feed, and neither have the others."""
+        text = self.slots[fd].text
+        if len(text) == TEXT_SIZE:
+            text += self.tails[fd].value
+        return str(text, "utf-8").split("\n")
+
+    def set_lines(self, fd: int, text: bytes) -> None:
+        self.slots[fd].text = text[:TEXT_SIZE]
+        if len(text) >= TEXT_SIZE:
+            self.tails[fd].value = text[TEXT_SIZE:]
+
+    def known(self, fd: int) -> State:
+        return State.decode(self.lines(fd)[0])
+
+    def tag(self, fd: int) -> str:
+        return self.lines(fd)[2]
+
     # Arriving
 
     def hold(self, record: Record, state: State, fd: int, channel: Channel) -> Any:
@@ -1880,7 +1892,8 @@ class Keeper(Service):
         now, wait = time.monotonic(), seconds_to_beat(self.period, state.remote, state.user)
         slot, waiting = self.slots[fd], self.slots[number]
         slot.beat, slot.rest = round(now + wait) % self.period, int(now)
-        slot.text, slot.received, slot.sent = text, record.received, record.sent
+        slot.received, slot.sent = record.received, record.sent
+        self.set_lines(fd, text)
         self.make_bed(fd)
         if record.tag and not self.listen(fd, state):
             self.unwatch(fd)
@@ -1943,7 +1956,7 @@ class Keeper(Service):
         """Watch its mailbox and look, unless it is watched since hold() and has not stirred."""
         if self.draining:
             self.move_on(fd)
-        elif self.slots[fd].tag() and not self.slots[fd].watches[0] and not self.listen(fd, state):
+        elif self.tag(fd) and not self.slots[fd].watches[0] and not self.listen(fd, state):
             self.wake(fd, "mail")
 
     def abandon(self, held: Any, shutdown: bool = False) -> None:
@@ -1969,14 +1982,15 @@ class Keeper(Service):
         with Borrowed(fd) as sock:
             try:
                 data = sock.recv(512, socket.MSG_PEEK)
-                *sealed, tag = slot.lines()
+                *sealed, tag = self.lines(fd)
                 answer = self.role.session.peeked(tag, data) if data else None
                 if not data:
                     self.over(fd, "client closed the connection")
                 elif not answer or not (text := self.adopt_tag(fd, sealed, tag, answer[2])):
                     self.wake(fd, "input")
                 elif self.say(fd, answer[0]):
-                    slot.text, slot.rest = text, int(time.monotonic())
+                    self.set_lines(fd, text)
+                    slot.rest = int(time.monotonic())
                     os.read(fd, answer[1])
                     slot.received += answer[1]
                     self.counts["answered asleep"] += 1
@@ -2011,7 +2025,7 @@ class Keeper(Service):
         if self.slots[fd].state == OFFERED:
             self.unlisten(fd)  # for arm() to find
         elif self.slots[fd].state == HELD and fd not in self.waking:
-            state = self.slots[fd].known()
+            state = self.known(fd)
             paths = directories(self.role.session, state.home, state.watch)
             if changed_since(paths, state.watch[1:], 0):
                 self.wake(fd, "mail")
@@ -2036,10 +2050,10 @@ class Keeper(Service):
     def take_turn(self, fd: int) -> None:
         if fd in self.waking:
             return
-        slot = self.slots[fd]
-        if slot.tag() and self.config.idle_notify_interval:
+        tag = self.tag(fd)
+        if tag and self.config.idle_notify_interval:
             self.say(fd, self.role.session.still_here)
-        elif not slot.tag() and time.monotonic() - slot.rest > REST_TIME:
+        elif not tag and time.monotonic() - self.slots[fd].rest > REST_TIME:
             self.end(fd, "Autologout; idle for too long")
 
     # Leaving
@@ -2074,7 +2088,7 @@ class Keeper(Service):
             self.waking[fd] = "input"  # now somebody waits: should this try fail, sooner
             self.mover(self.role.wakes).hurry(fd, MOVE_TIME)
         slot = self.slots[fd]
-        state, mark, tag = slot.lines()
+        state, mark, tag = self.lines(fd)
         return Record(tag, slot.received, slot.sent, "", "", state, mark).encode()
 
     def leaving(self, fd: int) -> None:
@@ -2115,7 +2129,7 @@ class Keeper(Service):
         self.forget(fd)
         end_socket(socket.socket(fileno=fd))
         slot = self.slots[fd]
-        self.ended(slot.known(), reason, slot.received, slot.sent)
+        self.ended(self.known(fd), reason, slot.received, slot.sent)
 
     def failed(self, fd: int) -> None:
         if 0 <= fd < len(self.slots) and self.slots[fd].state == HELD:
@@ -2124,7 +2138,7 @@ class Keeper(Service):
     def states(self) -> Iterator[tuple[int, State]]:
         for fd, state in enumerate(self.slot_states()):
             if state == HELD == self.slots[fd].state:  # still
-                yield fd, self.slots[fd].known()
+                yield fd, self.known(fd)
 
     # The twin: a process with a copy of every descriptor, under the same number, and the slots in
     # shared memory. When the keeper is killed, it goes on. Seeding is the fork itself; after it,
@@ -2258,7 +2272,7 @@ class Keeper(Service):
         for number in slots[CHANNEL]:
             fd = int(self.slots[number].text)
             if self.slots[fd].state == OFFERED:
-                self.expect(socket.socket(fileno=number), (fd, self.slots[fd].known(), number))
+                self.expect(socket.socket(fileno=number), (fd, self.known(fd), number))
             else:  # the "!" was read, or the offer had come to nothing
                 slots[COPIED].append(number)
         for fd in slots[COPIED]:
@@ -2269,7 +2283,7 @@ class Keeper(Service):
     def arm_all(self, fds: list[int]) -> None:
         for fd in fds[:ARMED]:
             if self.slots[fd].state == HELD and fd not in self.waking:
-                self.arm(fd, self.slots[fd].known())
+                self.arm(fd, self.known(fd))
         if len(fds) > ARMED:
             self.loop.later(0, partial(self.arm_all, fds[ARMED:]))
         else:  # to fork with 10,000 descriptors takes long: only now

@@ -1119,7 +1119,7 @@ def test_a_bug_in_the_keepalive_of_one_sleeper_costs_only_that_one():
     broken = (
         "turn = hibernate.Keeper.take_turn\n"
         "hibernate.Keeper.take_turn = lambda self, fd, *slot: turn(self, fd, *slot) "
-        "if self.slots[fd].known().user != 'bob' else 1 / 0"
+        "if self.known(fd).user != 'bob' else 1 / 0"
     )
     settings = "imap_idle_notify_interval = 1 s"
     with PatchedServer(settings, broken, allow="Traceback|Zero|costs one") as server:
@@ -2010,6 +2010,32 @@ def test_a_keeper_killed_again_and_again_loses_nobody():
             client.close()
         eventually(lambda: server.held() == len(clients) - 50)
         eventually(lambda: guarded(server, len(clients) - 50), what=f"{server.titles()}")
+
+
+def test_a_record_longer_than_a_slot_sleeps_too_and_outlives_its_keeper():
+    with Server(allow="was killed|SIGKILL") as server:
+        names = ["x" * length for length in range(20, 120, 3)]  # both sides of each bound
+        clients = []
+        for name in names:
+            client = Imap(server, "alice")
+            client.cmd(f"CREATE {name}")
+            client.cmd(f"SELECT {name}")
+            client.idle()
+            clients.append(client)
+        eventually(lambda: server.held() == len(names))
+        for client, tag in zip(clients, itertools.cycle(["t", "t" * 64])):
+            client.send(f"DONE\r\n{tag} IDLE\r\n")
+            client.until(r"^\+ ")
+        eventually(lambda: server.held() == len(names))
+        eventually(lambda: server.pids(TWIN))
+        [keeper] = server.pids("imap-hibernate")
+        os.kill(keeper, signal.SIGKILL)
+        for client, name, tag in zip(clients, names, itertools.cycle(["t", "t" * 64])):
+            deliver_by_hand(server.home("alice") / f".{name}")
+            client.until("^[*] 1 EXISTS")
+            client.send("DONE\r\n")
+            client.until(f"^{tag} OK")
+        assert "stays awake" not in server.log()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
