@@ -892,6 +892,25 @@ def seconds_to_beat(interval: float, remote: str, user: str) -> float:
     return interval - (time.monotonic() + zlib.crc32(user.encode())) % interval
 
 
+def inotify() -> tuple[Any, int]:
+    """The C library and a new inotify(7) instance, -1 if there is none."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with contextlib.suppress(AttributeError):
+        return libc, libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    return libc, -1
+
+
+def inotify_events(fd: int) -> Iterator[tuple[int, int]]:
+    """(watch, mask) of each event that waits to be read."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            data, at = os.read(fd, 64 * 1024), 0
+            while at < len(data):
+                number, mask, _, length = struct.unpack_from("iIII", data, at)
+                at += 16 + length
+                yield number, mask
+
+
 class Watcher:
     """Tells whose directories have changed: one inotify(7) instance a process, one watch a
     directory however many sessions share it. Whom inotify fails, because there is none or no
@@ -905,10 +924,7 @@ class Watcher:
         self.loop, self.stirred = loop, stirred
         self.sessions: dict[int, int | array[int]] = {}  # sets would take 216 or 728 bytes each
         self.timer, self.warned = NEVER, False
-        self.libc = ctypes.CDLL(None, use_errno=True)
-        self.fd = -1
-        with contextlib.suppress(AttributeError):
-            self.fd = self.libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.libc, self.fd = inotify()
         if self.fd >= 0:
             loop.watch(self.fd, READ, self.readable)
 
@@ -944,12 +960,10 @@ class Watcher:
                 self.libc.inotify_rm_watch(self.fd, number)
 
     def readable(self, fd: int, mask: int) -> None:
-        data, at, numbers = os.read(fd, 64 * 1024), 0, set()
-        while at < len(data):
-            number, kind, _, length = struct.unpack_from("iIII", data, at)
-            at += 16 + length
+        numbers = set()
+        for number, what in inotify_events(fd):
             numbers.add(number)
-            if kind & 0x4000:  # Q_OVERFLOW, events were lost: look at all
+            if what & 0x4000:  # Q_OVERFLOW, events were lost: look at all
                 numbers.update(self.sessions)
         for number in numbers:
             self.stir(number)
@@ -2738,6 +2752,7 @@ EXPUNGED_KEPT = 7 * 86400  # in stamps: about as many seconds; no session is tha
 KEYWORD_LIMIT = 500  # keywords of one mailbox
 TICK = 500_000  # ns: less than any clock's for files that isn't exact
 NO_LINK = errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP  # link(2): then copy it
+NAMES_CHANGED = 0x40 | 0x80 | 0x100 | 0x200  # MOVED_FROM, MOVED_TO, CREATE, DELETE of inotify(7)
 UNSETTLED = (-1, -1)  # in place of times: look again, the folder is changing right now
 LEVEL = "(?:[ -%'-\\-0-~]|&[A-Za-z0-9+,]*-)+"  # printable, modified UTF-7 (RFC 3501 5.1.3)
 NAME = re.compile(rf"(?=.{{1,240}}\Z){LEVEL}(?:\.{LEVEL})*")  # NAME_MAX is 255
@@ -2860,10 +2875,9 @@ def told_apart(tmp: bytes) -> bool:
     return TOLD_APART.get(start.st_dev, False)
 
 
-def listing(folder: bytes) -> dict[bytes, bytes]:
+def listing(folder: bytes, subs: Sequence[bytes] = (b"new/", b"cur/")) -> dict[bytes, bytes]:
     """All messages: base name to file. new/ comes first: what moves to cur/ in between is seen."""
-    names = [sub + file.name for sub in (b"new/", b"cur/")
-             for file in os.scandir(folder + b"/" + sub)
+    names = [sub + file.name for sub in subs for file in os.scandir(folder + b"/" + sub)
              if file.is_file(follow_symlinks=False) or os.path.isfile(file)]
     return {base_of(name): name for name in names if not name.startswith(b".", 4)}
 
@@ -3203,7 +3217,9 @@ class Index:
         young = any(abs(now - t) < (YOUNG if t % 10**9 else 2 * 10**9) for t in times)
         tmp = folder + b"/tmp"
         young = young and not told_apart(tmp)
-        found = listing(folder)
+        # A delivery costs the same however many messages lie in cur/.
+        part = [b"new/"] if times[1] == box.cur else [b"new/", b"cur/"]
+        found = listing(folder, part)
         with contextlib.suppress(OSError):  # what was left unfinished 36 hours ago (Maildir's rule)
             for entry in os.scandir(tmp):
                 if time.time() - entry.stat(follow_symlinks=False).st_ctime > 36 * 3600:
@@ -3211,8 +3227,8 @@ class Index:
                     remove(entry.path)
         if young or folder_times(folder) != times:
             times = UNSETTLED
-        query = "SELECT uid, file, keywords FROM message WHERE box = ?"
-        for uid, old, keywords in self.db.execute(query, (box.id,)):
+        query = "SELECT uid, file, keywords FROM message WHERE box = ? AND file >= ?"
+        for uid, old, keywords in self.db.execute(query, (box.id, min(part))):
             file = found.pop(base_of(old), None)
             if file is None:
                 gone.append(uid)
@@ -3224,6 +3240,34 @@ class Index:
         self.put(box.id, changed + [(uid, file, "") for uid, file in enumerate(fresh, box.uidnext)])
         self.db.execute("UPDATE mailbox SET new = ?, cur = ? WHERE id = ?", (*times, box.id))
         return self.by_id(box.id)
+
+    @contextlib.contextmanager
+    def alone(self, *boxes: Mailbox) -> Iterator[list[bytes]]:
+        """Spares the next look a scan, which takes long in a large folder: the rows of `boxes`
+        agree with their folders afterwards if they did before and nobody but the caller has
+        changed a name meanwhile. Of each name that appears or goes it adds an item to the list."""
+        made, numbers = list[bytes](), list[int]()
+        folders = [self.folder(box.name) for box in boxes]
+        paths = [folder + sub for folder in folders for sub in (b"/new", b"/cur")]
+        libc, fd = witness()
+        try:
+            if all(told_apart(folder + b"/tmp") for folder in folders):
+                numbers = [libc.inotify_add_watch(fd, path, NAMES_CHANGED) for path in paths]
+            before = [folder_times(folder) for folder in folders]
+            yield made
+            after = [folder_times(folder) for folder in folders]
+            if min(numbers, default=-1) < 0:
+                return  # inotify can't tell, or times can't
+            for path in paths:  # waits for who has it locked: only then the kernel tells of it
+                with contextlib.suppress(OSError):
+                    os.unlink(path + b"/.none")
+            heard = sum(number in (*numbers, -1) for number, _ in inotify_events(fd))
+            for box, old, times in zip(boxes, before, after) if heard == len(made) else ():
+                query = "UPDATE mailbox SET new = ?, cur = ? WHERE (id, new, cur) = (?, ?, ?)"
+                self.db.execute(query, (*times, box.id, *old))
+        finally:
+            for number in numbers:
+                libc.inotify_rm_watch(fd, number)
 
     def on_file(self, box: Mailbox, row: MessageRow, action: Callable[[bytes], Any]) -> Any:
         """action(path of the file), wherever another program has just renamed it to."""
@@ -3262,17 +3306,19 @@ class Index:
         with self.transaction():
             box = self.by_id(number)
             names = self.known_keywords(box, keywords)
-            for row in self.rows(number, uids):
-                letters, words = {*row.flags}, {*row.keywords.split()}
-                if row.modseq > unchanged_since:
-                    refused.append(row.uid)
-                elif change(letters, {*flags}) != letters or change(words, names) != words:
-                    with contextlib.suppress(Vanished):  # of which the next look will tell
-                        file = self.on_file(box, row, partial(reflag, how, flags))
-                        updates.append((row.uid, file, " ".join(sorted(change(words, names)))))
-            self.put(number, updates)
-            if updates:
-                os.utime(self.folder(box.name) + b"/cur")  # keywords rename nothing, but must stir
+            with self.alone(box) as made:
+                for row in self.rows(number, uids):
+                    letters, words = {*row.flags}, {*row.keywords.split()}
+                    if row.modseq > unchanged_since:
+                        refused.append(row.uid)
+                    elif change(letters, {*flags}) != letters or change(words, names) != words:
+                        with contextlib.suppress(Vanished):  # of which the next look will tell
+                            file = self.on_file(box, row, partial(reflag, how, flags))
+                            updates.append((row.uid, file, " ".join(sorted(change(words, names)))))
+                            made += {row.file} ^ {file}  # a rename to the same name is none
+                self.put(number, updates)
+                if updates:  # keywords rename nothing, but must stir
+                    os.utime(self.folder(box.name) + b"/cur")
         return self.stamp, refused
 
     def append(self, number: int, delivery: Delivery, flags: str, keywords: Sequence[str]) -> int:
@@ -3280,8 +3326,10 @@ class Index:
         with self.transaction():
             box = self.by_id(number)
             words = " ".join(sorted(self.known_keywords(box, keywords)))
-            file = delivery.keep(flags)
-            self.undo.callback(os.unlink, delivery.folder + b"/" + file)
+            with self.alone(box) as made:
+                file = delivery.keep(flags)
+                self.undo.callback(os.unlink, delivery.folder + b"/" + file)
+                made.append(file)
             self.put(number, [(box.uidnext, file, words)])
         return box.uidnext
 
@@ -3294,12 +3342,16 @@ class Index:
             there = self.must_exist(target.name, "TRYCREATE")
             if len(rows := self.rows(source.id, uids)) < len(uids):
                 raise Vanished("EXPUNGEISSUED", "Some of the messages no longer exist")
-            words = {word for row in rows for word in row.keywords.split()}
-            spelt = {word.lower(): word for word in self.known_keywords(target, words)}
-            for uid, row in enumerate(rows, target.uidnext):
-                file, *old = self.on_file(source, row, partial(self.take, there, row.flags, move))
-                left += old
-                copies.append((uid, file, " ".join(spelt[w.lower()] for w in row.keywords.split())))
+            used = {word for row in rows for word in row.keywords.split()}
+            spelt = {word.lower(): word for word in self.known_keywords(target, used)}
+            with self.alone(target, source) as made:
+                for uid, row in enumerate(rows, target.uidnext):
+                    take = partial(self.take, there, row.flags, move)
+                    file, *old = self.on_file(source, row, take)
+                    left += old
+                    made += [file, row.file][: 1 + (move and not old)]
+                    words = " ".join(spelt[word.lower()] for word in row.keywords.split())
+                    copies.append((uid, file, words))
             sync_directory(there + b"/cur")
             self.put(target.id, copies)
             if move:
@@ -3332,13 +3384,16 @@ class Index:
         with self.transaction():
             box = self.scan(self.by_id(number))  # \Deleted may have been taken off again
             rows = [row for row in self.rows(number, uids) if "T" in row.flags]
-            for row in rows:
-                with contextlib.suppress(Vanished):
-                    self.on_file(box, row, os.unlink)
+            with self.alone(box) as made:
+                for row in rows:
+                    with contextlib.suppress(Vanished):
+                        self.on_file(box, row, os.unlink)
+                        made.append(row.file)
             self.db.execute(f"DELETE {CHOSEN}", (number, compact([row.uid for row in rows])))
 
 
 open_index = lru_cache(INDEXES_OPEN)(Index)
+witness = lru_cache(1)(inotify)  # one a process: to close one takes milliseconds
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4029,11 +4084,12 @@ class View:
         if not self.uidnext:
             return array("I")
         self.box()  # it must still be this one
-        rows = self.index.all(
-            "SELECT uid FROM message WHERE box = ?1 AND uid < ?2 UNION "
-            "SELECT uid FROM expunged WHERE box = ?1 AND uid < ?2 AND modseq > ?3 ORDER BY 1",
+        [[uids]] = self.index.all(  # as one text, in half the time of rows
+            "SELECT json_group_array(uid) FROM ("
+            "SELECT uid FROM message WHERE box = ?1 AND uid < ?2 UNION ALL "
+            "SELECT uid FROM expunged WHERE box = ?1 AND uid < ?2 AND modseq > ?3 ORDER BY 1)",
             self.id, self.uidnext, self.expunged)
-        return array("I", (uid for uid, in rows))
+        return array("I", json.loads(uids))
 
     def number(self, uid: int) -> int:
         """The sequence number of a UID; 0 if the session doesn't know it."""

@@ -3542,6 +3542,94 @@ def test_no_query_reads_the_messages_of_other_mailboxes(server, user, hibernate)
     hibernate.open_index.cache_clear()
 
 
+def filled_index(hibernate, monkeypatch, home):
+    """An index that agrees with its folders, INBOX with four messages and Work with none; scans
+    of it count from here on."""
+    monkeypatch.setattr(hibernate, "told_apart", lambda tmp: True)
+    index, scans, scan = hibernate.Index.at(str(home)), [], hibernate.Index.scan
+    index.create_folder("Work")
+    for number in range(4):
+        deliver_by_hand(home)
+    for name in ("INBOX", "Work"):
+        index.refresh(index.by_name(name))
+
+    def counted(self, box):
+        scans.append(box.name)
+        return scan(self, box)
+
+    monkeypatch.setattr(hibernate.Index, "scan", counted)
+    return index, scans
+
+
+def test_what_this_server_changes_in_a_folder_is_known_without_a_scan(
+    hibernate, monkeypatch, tmp_path
+):
+    index, scans = filled_index(hibernate, monkeypatch, tmp_path)
+    inbox, work = index.by_name("INBOX"), index.by_name("Work")
+    index.store(inbox.id, [1, 2], "+", "S", ["word"])
+    index.store(inbox.id, [1, 2], "+", "", ["other"])  # which renames nothing
+    index.copy(inbox, [1, 2], work, move=False)
+    index.copy(work, [2], work, move=False)
+    index.copy(inbox, [1, 3], work, move=True)
+    index.store(inbox.id, [4], "+", "T")
+    with contextlib.closing(hibernate.Delivery(index.folder("Work"))) as delivery:
+        delivery.write(b"x")
+        delivery.finish()
+        index.append(work.id, delivery, "S", [])
+    for box in (inbox, work):
+        index.refresh(index.by_id(box.id), claim=False)
+    assert not scans
+    index.expunge(inbox.id, [4])
+    index.refresh(index.by_id(inbox.id))
+    assert scans == ["INBOX"]  # by expunge() itself, which finds the times it knows
+    query = "SELECT uid, file FROM message WHERE box = ? ORDER BY uid"
+    for box, uids in (inbox, [2]), (work, [1, 2, 3, 4, 5, 6]):
+        rows, found = index.all(query, box.id), hibernate.listing(index.folder(box.name))
+        assert [uid for uid, _ in rows] == uids
+        assert sorted(file for _, file in rows) == sorted(found.values())
+    hibernate.open_index.cache_clear()
+
+
+@table("when", ["before", "after"])
+@table("act", ["rename", "to cur", "delete", "deliver", "move away", "nothing"])
+def test_what_another_program_changes_while_this_server_does_is_seen(
+    hibernate, monkeypatch, tmp_path, act, when
+):
+    index, scans = filled_index(hibernate, monkeypatch, tmp_path)
+    index.store(1, [1, 2], "+", "S")
+    rows = {row.uid: tmp_path / os.fsdecode(row.file) for row in index.rows(1, range(5))}
+
+    def another(uid):
+        path = Path(str(rows[uid]))
+        if act in ("rename", "to cur"):
+            path.rename(tmp_path / "cur" / f"{path.name.partition(':')[0]}:2,FS")
+        elif act == "delete":
+            path.unlink()
+        elif act == "move away":
+            path.rename(tmp_path / ".Work" / "new" / path.name)
+        elif act == "deliver":
+            deliver_by_hand(tmp_path)
+
+    reflag = hibernate.reflag
+
+    def disturbed(*arguments):
+        victim = 4 if act == "to cur" else 2
+        if when == "before":
+            another(victim)
+        file = reflag(*arguments)
+        if when == "after":
+            another(victim)
+        return file
+
+    monkeypatch.setattr(hibernate, "reflag", disturbed)
+    index.store(1, [1], "+", "F")
+    index.refresh(index.by_id(1))
+    assert scans == ["INBOX"] * (act != "nothing")
+    files = sorted(file for file, in index.all("SELECT file FROM message WHERE box = 1"))
+    assert files == sorted(hibernate.listing(os.fsencode(tmp_path)).values())
+    hibernate.open_index.cache_clear()
+
+
 def test_two_workers_mutt_and_a_delivery_agent_share_a_mailbox_and_nothing_is_lost():
     """SHARE_SECONDS=60 does it for longer."""
     end = time.monotonic() + float(os.environ.get("SHARE_SECONDS", "3"))
@@ -3601,6 +3689,11 @@ def test_two_workers_mutt_and_a_delivery_agent_share_a_mailbox_and_nothing_is_lo
                 client.cmd(f"SELECT {box}")
                 said = "".join(client.cmd(f"UID FETCH 1:* {subjects}", "OK|BAD"))
                 found += re.findall(r"Subject: (\S+?)(?=\r|$)", said)
+                flags = re.findall(r"FLAGS \((.*?)\)", "".join(client.cmd("UID FETCH 1:* FLAGS")))
+                files = server.home("alice").glob("cur/*" if box == "INBOX" else ".Work/cur/*")
+                info = [path.name.partition(":2,")[2] for path in files]
+                for name, letter in (("Seen", "S"), ("Flagged", "F"), ("Answered", "R")):
+                    assert sum(name in row for row in flags) == sum(letter in row for row in info)
         assert sorted(found) == sorted(made) and len(made) > 50
 
 
