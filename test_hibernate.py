@@ -5042,6 +5042,59 @@ def pressure(arguments):
             print(f"{name:38}{told:24}{used:11.2f}  {seen}", flush=True)
 
 
+def large(arguments):
+    """One INBOX with many messages: what commands take, and mail that wakes three sleepers."""
+    parser = argparse.ArgumentParser(prog="test_hibernate.py large")
+    parser.add_argument("--messages", type=int, default=50000)
+    parser.add_argument("--dovecot", action="store_true", help="Debian's Dovecot beside it (root)")
+    options = parser.parse_args(arguments)
+    Server.loud = False
+    print(f"{options.messages} messages".ljust(46) + "p50 ms    CPU ms")
+    servers = [Server] + [functools.partial(Dovecot, 100)] * options.dovecot
+    for make in servers:
+        with make(users=["alice"]) as server:
+            home, owner = server.home("alice"), server.owner("alice")
+            for folder in (home, *(home / sub for sub in ("tmp", "new", "cur"))):
+                folder.mkdir(parents=True, exist_ok=True)
+                os.chown(folder, *owner or (-1, -1))
+            for number in range(options.messages):
+                path = home / "cur" / f"{1600000000 + number}.P1.example:2,S"
+                path.write_bytes(message())
+                os.chown(path, *owner or (-1, -1))
+            meter, numbers = Meter(server), itertools.count(1)
+
+            def row(name, act, times):
+                taken, before = [], meter.cpu()
+                for _ in range(times):
+                    start = time.monotonic()
+                    act()
+                    taken.append(1000 * (time.monotonic() - start))
+                    time.sleep(1.5 if sleepers else 0)  # titles are up to a second old
+                    eventually(lambda: server.asleep() == len(sleepers), 60)
+                used = 1000 * (meter.cpu() - before) / times
+                name = f"{server.brand}: {name}"
+                print(f"{name:40}{statistics.median(taken):12.1f}{used:10.1f}", flush=True)
+
+            def mail():
+                deliver_by_hand(home, None, owner)
+                for sleeper in sleepers:
+                    sleeper.until("EXISTS", 60)
+
+            sleepers, client = [], Imap(server, "alice")
+            row("first SELECT", lambda: client.cmd("SELECT INBOX"), 1)
+            row("SELECT", lambda: client.cmd("SELECT INBOX"), 5)
+            row("FETCH 1:* FLAGS", lambda: client.cmd("FETCH 1:* FLAGS"), 3)
+            row("UID SEARCH UNSEEN", lambda: client.cmd("UID SEARCH UNSEEN"), 5)
+            row("STORE", lambda: client.cmd(f"STORE {next(numbers)} +FLAGS (\\Flagged)"), 20)
+            client.cmd("LOGOUT")
+            for _ in range(3):
+                sleepers.append(Imap(server, "alice"))
+                sleepers[-1].cmd("SELECT INBOX")
+                sleepers[-1].idle()
+            time.sleep(3)
+            row("mail to three sleepers", mail, 5)
+
+
 def crowd(arguments):
     """Clients of a server that runs already: in IDLE, telling what they hear, until Ctrl-C."""
     parser = argparse.ArgumentParser(prog="test_hibernate.py crowd")
@@ -5075,7 +5128,7 @@ def crowd(arguments):
 if __name__ == "__main__":
     FOLDER = "/tmp"  # what is measured is a server on a disk
     tools = {"bench": bench, "drill": drill, "spread": spread, "pressure": pressure,
-             "crowd": crowd}
+             "large": large, "crowd": crowd}
     if len(sys.argv) < 2 or sys.argv[1] not in tools:
         sys.exit(f"usage: python3 test_hibernate.py {'|'.join(tools)}; the tests: -m pytest")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
