@@ -3177,10 +3177,12 @@ class Index:
 
     def put(self, number: int, messages: Iterable[tuple[int, bytes, str]]) -> None:
         """Write the rows of UIDs, files and keywords."""
+        rows = []
         for uid, file, keywords in messages:
             info = file.partition(b":2,")[2].decode("latin-1")
             flags = "".join(letter for letter in "DFRST" if letter in info)
-            self.db.execute(PUT, (number, uid, file, flags, keywords, self.stamp))
+            rows.append((number, uid, file, flags, keywords, self.stamp))
+        self.db.executemany(PUT, rows)
 
     def refresh(self, box: Mailbox, claim: bool = False) -> Mailbox:
         """The row in agreement with its folder; its times are UNSETTLED if it may not be yet.

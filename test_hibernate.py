@@ -2012,6 +2012,21 @@ def test_a_keeper_killed_again_and_again_loses_nobody():
         eventually(lambda: guarded(server, len(clients) - 50), what=f"{server.titles()}")
 
 
+@table("length", [4, 295, 296, 297, 551, 552, 553])
+def test_a_sleepers_text_is_the_same_at_each_bound_whatever_was_there_before(hibernate, length):
+    slots, tails = (hibernate.Slot * 3)(), (ctypes.c_char * hibernate.TAIL_SIZE * 3)()
+    keeper = argparse.Namespace(slots=slots, tails=tails)
+    longest = hibernate.TEXT_SIZE + hibernate.TAIL_SIZE
+    for lines in (["x" * (longest - 2), "", ""], ["s" * (length - 4), "t", "u"]):
+        if len("\n".join(lines)) > longest:
+            with pytest.raises(ValueError):
+                hibernate.slot_text(*lines)
+        else:
+            hibernate.Keeper.set_lines(keeper, 1, hibernate.slot_text(*lines))
+            assert hibernate.Keeper.lines(keeper, 1) == lines
+            assert not any(bytes(slots[at]) != bytes(336) or tails[at].value for at in (0, 2))
+
+
 def test_a_record_longer_than_a_slot_sleeps_too_and_outlives_its_keeper():
     with Server(allow="was killed|SIGKILL") as server:
         names = ["x" * length for length in range(20, 120, 3)]  # both sides of each bound
