@@ -2053,7 +2053,7 @@ def test_a_record_longer_than_a_slot_sleeps_too_and_outlives_its_keeper():
         assert "stays awake" not in server.log()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@table("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_twin_killed_or_stopped_is_replaced_and_nobody_notices(number):
     patch = "hibernate.SWEEP_TIME = 0.5"
     with PatchedServer(patch=patch, allow="was killed|SIGKILL") as server:
@@ -2357,7 +2357,7 @@ def test_a_reload_brings_listeners_in_and_out_and_refuses_a_port_in_use():
         client.cmd("NOOP")
 
 
-@pytest.mark.parametrize("name", ["{}/notify", "@{}"])
+@table("name", ["{}/notify", "@{}"])
 def test_systemd_is_told_of_ready_reload_and_stop(name, tmp_path, monkeypatch):
     name = name.format(tmp_path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -2508,8 +2508,9 @@ def test_a_killed_master_that_nobody_starts_again_leaves_bye_and_no_process():
 def test_the_crowd_of_the_readme_tells_what_it_hears():
     with Server() as server:
         arguments = ["crowd", "3", "alice", server.password, "--port", str(server.port)]
+        # -S: the tools have to start where pytest is not installed.
         crowd = subprocess.Popen(
-            [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-S", __file__, *arguments], stdout=subprocess.PIPE, text=True
         )
         with crowd:
             assert crowd.stdout.readline() == "3 sessions in IDLE\n"
