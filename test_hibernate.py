@@ -4631,7 +4631,7 @@ class Bench:
     def measure(self):
         with contextlib.ExitStack() as stack:
             stack.callback(self.stop_fleets)
-            self.live = stack.enter_context(self.server("1 s"))
+            self.live = stack.enter_context(self.server("2 s"))
             self.meter = Meter(self.live)
             self.warm_up()
             self.start_fleets(self.live.port, self.options.sessions)
@@ -4674,7 +4674,8 @@ class Bench:
 
     def log_in(self):
         """All of them. The first of each user makes an index, which is a row of its own; of the
-        others the first and the last thousand are too, if they are many: does the cost grow?"""
+        others the first and the last thousand are too, if they are many: does the cost grow? Those
+        are over before any of them falls asleep; with the many between them others do."""
         self.empty = self.meter.keeper()
         self.empty_pss = self.meter.pss()
         pair = self.live.pids("imap-hibernate")[:1] + self.live.pids(TWIN)[:1]
@@ -4685,11 +4686,12 @@ class Bench:
         some = 1000 // fleets
         bounds = [new, new + some, most - some, most] if most - new > 4 * some else [new, most]
         parts = [(0, new), *itertools.pairwise(bounds)]
-        names = ["by new users", "the first of the others", "", "the last"]
+        names = ["by new users", "the first of the others", "and falling asleep", "the last"]
         done = lost = time_all = 0
         for (first, last), name in zip(parts, names if len(parts) > 2 else ["by new users", ""]):
             if first == last:
                 continue
+            self.all_asleep(300)
             (taken, missing, seconds), cpu = self.spent(
                 self.talk, LOG_IN, max(1, 64 // fleets), 7200, first, last, "log-in"
             )
