@@ -1796,7 +1796,7 @@ class Title:
 # their numbers may be of their predecessors.
 FREE, HELD, GONE, OFFERED, CHANNEL, COPIED = range(6)
 LIVING = (HELD, OFFERED, CHANNEL, COPIED)
-IS_DEAD = bytes(state not in LIVING for state in range(256))  # for translate()
+IS_LIVING = bytes(state in LIVING for state in range(256))  # for translate()
 TEXT_SIZE, TAIL_SIZE = 296, 256  # bytes of a sleeper's text, and of what goes beyond them
 SWEEP_TIME = 2.0  # seconds between two looks of a twin
 TWIN_TIME = 1.0  # seconds that a keeper waits for a twin that does not read, at most
@@ -1808,10 +1808,9 @@ class Slot(ctypes.Structure):
     a Slot is assigned keeps 300 bytes for it for ever."""
 
     _fields_ = [
-        ("state", ctypes.c_uint8),
         ("beat", ctypes.c_uint32),  # the second of the keepalive interval when it has its turn
+        ("rest", ctypes.c_uint32),  # monotonic second: since when it has sent nothing
         ("watches", ctypes.c_int * 2),
-        ("rest", ctypes.c_uint64),  # monotonic second: since when it has sent nothing
         ("received", ctypes.c_uint64),
         ("sent", ctypes.c_uint64),
         ("text", ctypes.c_char * TEXT_SIZE),  # see Keeper.lines()
@@ -1833,10 +1832,12 @@ class Keeper(Service):
         # There are numbers beyond the slots: a twin has its log file there.
         count = min(file_limit() - 8, self.limit + 4 * RESERVE)
         size = count * ctypes.sizeof(Slot)
-        self.memory = mmap.mmap(-1, size + count * TAIL_SIZE)
-        self.slots = (Slot * count).from_buffer(self.memory)
+        memory = mmap.mmap(-1, size + count * TAIL_SIZE + count)
+        self.slots = (Slot * count).from_buffer(memory)
         # Few have one, and a page takes no memory before something is written to it.
-        self.tails = (ctypes.c_char * TAIL_SIZE * count).from_buffer(self.memory, size)
+        self.tails = (ctypes.c_char * TAIL_SIZE * count).from_buffer(memory, size)
+        # Side by side, as all are looked at together: from slot to slot each would be a cache miss.
+        self.state = memoryview(memory)[-count:]
         self.held = 0
         self.period = max(1, math.ceil(self.config.idle_notify_interval or 60))
         self.peeker = self.peek  # one bound method for all, not 64 bytes for each
@@ -1868,9 +1869,8 @@ class Keeper(Service):
         return int(self.slots[0].beat)  # of no session: there the twin finds it, too
 
     def slot_states(self) -> bytes:
-        """The state of every slot in use: its first byte."""
-        size = ctypes.sizeof(Slot)
-        return self.memory[: self.top * size : size]
+        """The state of every slot in use."""
+        return bytes(self.state[: self.top])
 
     def lines(self, fd: int) -> list[str]:
         """[state as it came, seal, tag]; JSON has no line feed, and neither have the others."""
@@ -1904,7 +1904,7 @@ class Keeper(Service):
         os.set_blocking(fd, False)
         self.slots[0].beat = max(self.top, fd + 1, number + 1)
         now, wait = time.monotonic(), seconds_to_beat(self.period, state.remote, state.user)
-        slot, waiting = self.slots[fd], self.slots[number]
+        slot = self.slots[fd]
         slot.beat, slot.rest = round(now + wait) % self.period, int(now)
         slot.received, slot.sent = record.received, record.sent
         self.set_lines(fd, text)
@@ -1912,10 +1912,11 @@ class Keeper(Service):
         if record.tag and not self.listen(fd, state):
             self.unwatch(fd)
             raise ValueError("changed")
-        waiting.text = b"%d" % fd
-        slot.state = waiting.state = COPIED
+        self.slots[number].text = b"%d" % fd
+        self.state[fd] = self.state[number] = COPIED
         self.copy(fd, number)
-        waiting.state, slot.state = CHANNEL, OFFERED  # never OFFERED without it
+        self.state[number] = CHANNEL
+        self.state[fd] = OFFERED  # never without it
         return fd, state, number
 
     def listen(self, fd: int, state: State) -> bool:
@@ -1938,8 +1939,8 @@ class Keeper(Service):
 
     def begin(self, held: Any) -> None:
         fd, state, number = held
-        self.slots[fd].state = HELD
-        self.slots[number].state = FREE
+        self.state[fd] = HELD
+        self.state[number] = FREE
         self.held += 1
         self.adopted(state)
         self.tend(fd)
@@ -1977,7 +1978,7 @@ class Keeper(Service):
         fd, _, number = held
         self.unlisten(fd)
         self.unwatch(fd)
-        self.slots[fd].state = self.slots[number].state = FREE
+        self.state[fd] = self.state[number] = FREE
         if shutdown:
             end_socket(socket.socket(fileno=fd))
         else:
@@ -1987,7 +1988,7 @@ class Keeper(Service):
 
     def peek_all(self, beds: int, mask: int) -> None:
         for fd, events in self.beds.poll(0, IN_FLIGHT):
-            if self.slots[fd].state == HELD and fd not in self.waking:
+            if self.state[fd] == HELD and fd not in self.waking:
                 self.loop.guarded(fd, self.peek, fd, events)
 
     def peek(self, fd: int, mask: int) -> None:
@@ -2036,9 +2037,9 @@ class Keeper(Service):
         return False
 
     def stirred(self, fd: int) -> None:
-        if self.slots[fd].state == OFFERED:
+        if self.state[fd] == OFFERED:
             self.unlisten(fd)  # for arm() to find
-        elif self.slots[fd].state == HELD and fd not in self.waking:
+        elif self.state[fd] == HELD and fd not in self.waking:
             state = self.known(fd)
             paths = directories(self.role.session, state.home, state.watch)
             if changed_since(paths, state.watch[1:], 0):
@@ -2052,8 +2053,7 @@ class Keeper(Service):
         for second in range(max(self.turned, now - self.period) + 1, now + 1):
             at = second % self.period
             for fd in set(self.turns.pop(at, ())):
-                slot = self.slots[fd]
-                if slot.state == HELD and slot.beat == at:
+                if self.state[fd] == HELD and self.slots[fd].beat == at:
                     self.turns[at].append(fd)
                     self.loop.guarded(fd, self.take_turn, fd)
         self.turned = now
@@ -2106,10 +2106,10 @@ class Keeper(Service):
         return Record(tag, slot.received, slot.sent, "", "", state, mark).encode()
 
     def leaving(self, fd: int) -> None:
-        self.slots[fd].state = GONE
+        self.state[fd] = GONE
 
     def stays(self, fd: int) -> None:
-        self.slots[fd].state = HELD
+        self.state[fd] = HELD
         self.copy(fd)  # the twin may have let it go
 
     def given(self, fd: int) -> None:
@@ -2121,7 +2121,7 @@ class Keeper(Service):
         self.unlisten(fd)
         self.unwatch(fd)
         self.keep(fd)
-        self.slots[fd].state = FREE
+        self.state[fd] = FREE
         self.waking.pop(fd, None)
         self.held -= 1
 
@@ -2146,12 +2146,12 @@ class Keeper(Service):
         self.ended(self.known(fd), reason, slot.received, slot.sent)
 
     def failed(self, fd: int) -> None:
-        if 0 <= fd < len(self.slots) and self.slots[fd].state == HELD:
+        if 0 <= fd < len(self.slots) and self.state[fd] == HELD:
             self.end(fd, "Internal error")
 
     def states(self) -> Iterator[tuple[int, State]]:
         for fd, state in enumerate(self.slot_states()):
-            if state == HELD == self.slots[fd].state:  # still
+            if state == HELD == self.state[fd]:  # still
                 yield fd, self.known(fd)
 
     # The twin: a process with a copy of every descriptor, under the same number, and the slots in
@@ -2213,7 +2213,7 @@ class Keeper(Service):
                 handler.setStream(open(number, "a", encoding=handler.encoding))
                 stream.close()
         kept = {0, 1, 2, ours.fileno(), self.channel.fileno(), self.inbox.fileno()}
-        copies = bytearray(state in LIVING for state in self.slot_states())
+        copies = bytearray(self.slot_states().translate(IS_LIVING))
         copies += bytes(len(self.slots) - len(copies))
         for fd in range(len(copies)):
             if not copies[fd] and fd not in kept:
@@ -2250,9 +2250,9 @@ class Keeper(Service):
     def sweep(self, copies: bytearray) -> None:
         """Close what is not, or no longer, in the slots."""
         self.slots[0].rest = int(time.monotonic())
-        dead = self.slot_states().translate(IS_DEAD)
-        for fd in itertools.compress(range(len(dead)), dead):
-            if copies[fd]:
+        living = self.slot_states().translate(IS_LIVING)
+        if living != copies[: len(living)]:  # while all sleep they are the same
+            for fd in [fd for fd, lives in enumerate(living) if copies[fd] > lives]:
                 copies[fd] = 0
                 with contextlib.suppress(OSError):  # one that came and went during the fork
                     os.close(fd)
@@ -2265,7 +2265,7 @@ class Keeper(Service):
         for fd, slot in enumerate(self.slots[: self.top]):
             slot.watches[:] = 0, 0
             if not copies[fd]:
-                slot.state = FREE
+                self.state[fd] = FREE
         self.held = self.slot_states().count(HELD)
         log.error("the keeper was killed; its twin goes on with %d sessions", self.held)
         self.counts.clear()
@@ -2285,18 +2285,18 @@ class Keeper(Service):
             self.tend(fd)
         for number in slots[CHANNEL]:
             fd = int(self.slots[number].text)
-            if self.slots[fd].state == OFFERED:
+            if self.state[fd] == OFFERED:
                 self.expect(socket.socket(fileno=number), (fd, self.known(fd), number))
             else:  # the "!" was read, or the offer had come to nothing
                 slots[COPIED].append(number)
         for fd in slots[COPIED]:
-            self.slots[fd].state = FREE
+            self.state[fd] = FREE
             os.close(fd)
         self.arm_all(slots[HELD])
 
     def arm_all(self, fds: list[int]) -> None:
         for fd in fds[:ARMED]:
-            if self.slots[fd].state == HELD and fd not in self.waking:
+            if self.state[fd] == HELD and fd not in self.waking:
                 self.arm(fd, self.known(fd))
         if len(fds) > ARMED:
             self.loop.later(0, partial(self.arm_all, fds[ARMED:]))
