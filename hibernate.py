@@ -113,7 +113,7 @@ AWAKE_TIME = 5.0  # … and at least until the next: full keepers are not to be 
 YOUNG = 20_000_000  # ns: a directory changed this recently may change again within one tick
 FILE_CLOCK = 5 if sys.platform == "linux" else time.CLOCK_REALTIME  # ticks: CLOCK_REALTIME_COARSE
 OUTPUT_HIGH = 64 * 1024  # a reply pauses while this much waits for a slow client
-BURST = 32  # chunks of one session's replies before the others have a turn
+TURN_TIME = 0.005  # seconds of one session's replies before the others have a turn
 LOOK_TIME = 0.05  # seconds between two looks at the siblings' SO_REUSEPORT sockets
 FULL_TIME = 10.0  # seconds that connections wait while all processes are full
 THROTTLE = 2, 60  # seconds without a fork after one that failed: the first time and at most
@@ -1064,10 +1064,8 @@ class Client:
         others' turn."""
         if self.session.user or self.session.tag:
             self.rested, self.awake = time.monotonic(), 0.0
-        dry = False
-        for _ in range(BURST):
-            if dry or self.phase is not Phase.RUNNING or len(self.output) >= OUTPUT_HIGH:
-                break
+        dry, end = False, time.monotonic() + TURN_TIME  # by the clock: a chunk may take long
+        while not dry and self.phase is Phase.RUNNING and len(self.output) < OUTPUT_HIGH:
             try:
                 if self.reply is None and not self.session.ended:
                     self.reply = self.session.step()
@@ -1078,6 +1076,8 @@ class Client:
             except StopIteration:
                 self.reply = None
             value = None
+            if time.monotonic() > end:
+                break
         self.settle(dry)
 
     def perform(self, item: bytes | Ask | Pause | Move) -> None:
@@ -3409,6 +3409,7 @@ witness = lru_cache(1)(inotify)  # one a process: to close one takes millisecond
 
 MAX_DEPTH, MAX_PARTS, MAX_BOUNDARY = 100, 10_000, 80  # a part beyond these stays opaque
 MAX_HEADERS = 2**20  # bytes of a mail's headers that are looked into, those of its parts included
+TEXT_LIMIT = 16 * 2**20  # bytes of a message's text that are searched; at most 12 each in memory
 ATOM_CHAR, MIME = rb"[!#-'*+\-/-9=?A-Z^-~\x80-\xff]", rb"[!#-'*+\-.0-9A-Z^-~\x80-\xff]"
 QUOTED, DOTTED = rb'"(?:[^"\\]++|\\.)*+"', rb"(?:%b|\.)++" % ATOM_CHAR
 COMMENT = rb"\((?:[^()\\]++|\\.|\((?:[^()\\]++|\\.|\([^()]*+\))*+\))*+\)"  # nests three deep
@@ -3727,10 +3728,10 @@ class Message:
 
     def text(self, with_header: bool) -> str:
         """What BODY and TEXT search: the text parts; for TEXT the headers of all parts too.
-        Folded and kept, as a SEARCH may have 250 such keys."""
+        Folded and kept, as a SEARCH may have several such keys."""
         if with_header in self.texts:
             return self.texts[with_header]
-        found, _ = list[str](), self.after
+        found, room, _ = list[str](), TEXT_LIMIT, self.after
         for part in self.parts():
             if with_header:
                 found.append(decoded_words(self.data[part.start:part.body]))
@@ -3738,7 +3739,9 @@ class Message:
                 encoding = dict(part.fields).get(b"content-transfer-encoding", b"")
                 encoding = FIRST_WORD.findall(encoding)[0][0].lower()
                 charset = part.named.get(b"charset", b"")
-                found.append(decoded(self.data[part.body:part.end], encoding, charset))
+                body = self.data[part.body:min(part.end, part.body + room)]
+                found.append(decoded(body, encoding, charset))
+                room -= len(body)
         return self.texts.setdefault(with_header, "\n".join(found).casefold())
 
     def sent_day(self) -> float:
@@ -3763,6 +3766,7 @@ AFTER_LOGIN = " NAMESPACE CHILDREN UNSELECT UIDPLUS MOVE CONDSTORE"
 LOGIN_INPUT = 8 * 1024  # bytes of a command with its literals before log-in
 BAD_LIMIT = 3  # bad commands in a row before log-in until BYE
 KEYS = 250  # of one SEARCH; if each is in another, Python's limit of 1000 calls is near
+TEXT_KEY = 10  # for so many counts one that looks through all the text: nobody else has a turn
 BATCH, BATCH_SEEN = 500, 25  # messages at a time; fewer if \Seen is set before they are sent
 
 TAG = rb"[!#$&',\-./0-9:;<=>?@A-Z\[\]^_`a-z|}~]{1,64}"
@@ -4038,12 +4042,14 @@ class Parser:
         return every(self.several(Parser.key, rb"\Z"))[1], self.modseq_asked
 
     def key(self) -> Key:
-        self.keys += 1
+        name = None
+        if not self.may(GAP + rb"\("):
+            name = "" if self.may(b"(?=%b%b)" % (GAP, SET)) else self.atom()
+        self.keys += TEXT_KEY if name in ("BODY", "TEXT") else 1
         if self.keys > KEYS:
             raise BadCommand("Too many keys in SEARCH")
-        if self.may(GAP + rb"\("):
+        if name is None:
             return every(self.several(Parser.key))
-        name = "" if self.may(b"(?=%b%b)" % (GAP, SET)) else self.atom()
         if name not in SEARCH_KEYS:
             raise BadCommand(f"Unknown SEARCH key {name}")
         self.modseq_asked |= name == "MODSEQ"

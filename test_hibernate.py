@@ -3321,6 +3321,53 @@ def test_a_search_decodes_a_text_once_however_many_keys_ask_for_it(hibernate, mo
     assert len(calls) < 10
 
 
+def test_one_session_has_the_process_for_a_moment_however_dear_its_chunks_are(hibernate):
+    """Not measured by time: each chunk takes longer than a turn."""
+    turns = []
+
+    class Dear(hibernate.Session):
+        user = "u"
+
+        def step(self):
+            return self.reply()
+
+        def reply(self):
+            for _ in range(10):
+                time.sleep(1.2 * hibernate.TURN_TIME)
+                turns.append("chunk")
+                yield b""
+
+    class Home(hibernate.Client):
+        def clock(self):
+            turns.append("others")
+
+    ours, theirs = socket.socketpair()
+    loop = hibernate.Loop()
+    with ours, theirs:
+        client = Home(argparse.Namespace(loop=loop), ours, Dear())
+        client.pump()
+        for _ in range(2):  # and it goes on from the loop
+            [(key, mask)] = loop.selector.select(0)
+            assert mask == hibernate.WRITE
+            key.data(key.fd, mask)
+        assert turns == ["chunk", "others"] * 3
+    loop.close()
+
+
+def test_a_search_in_texts_is_short_and_its_memory_bounded(hibernate):
+    parser = hibernate.Parser(b" TEXT a" * 25, None)
+    parser.search()
+    for keys in (b" TEXT a" * 26, b" OR BODY a BODY b" * 12 + b" (TEXT c) TEXT d", b" ALL" * 251):
+        with pytest.raises(hibernate.BadCommand, match="many"):
+            hibernate.Parser(keys, None).search()
+    hibernate.Parser(b" ALL" * 250, None).search()
+    parts = b"".join(b"--b\r\n\r\n%b\r\n" % (letter * 9 * 2**20) for letter in (b"x", b"y", b"z"))
+    head = b"Subject: s\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n"
+    text = hibernate.Message(head + parts + b"--b--\r\n").text(False)
+    assert text.count("x") == 9 * 2**20 and "y" in text and "z" not in text
+    assert len(text) < hibernate.TEXT_LIMIT + 100
+
+
 def test_from_and_to_are_searched_as_the_envelope_has_them(server, user):
     """As imaptest's search-addresses: comments and white space within an address are no part."""
     with Imap(server, user) as client:
