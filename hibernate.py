@@ -3825,7 +3825,8 @@ def encode_password(scheme: str, password: str, salt: bytes = b"", rounds: int =
 
 def read_secret(stored: str) -> Secret:
     """From `{SCHEME}...` of a passwd-file: a password is right if it can be encoded to that."""
-    known = r"\{(PLAIN|SSHA512|PBKDF2(?=\}\$1\$[^$]+\$[1-9]))\}(?:\$1\$([!-~]+)\$(\d{1,7})\$)?(.+)"
+    pbkdf2 = r"(?<=PBKDF2\})\$1\$([!-~]+)\$(?!0+\$)(\d{1,7})\$"
+    known = rf"\{{(PLAIN|SSHA512|PBKDF2)\}}(?:{pbkdf2}|(?<!PBKDF2\}}))(.+)"
     if not (found := re.fullmatch(known, stored, re.A)):
         # Without a scheme Dovecot reads CRYPT; to take such a hash for the password gives it away.
         raise ValueError("not {PLAIN}, {SSHA512} or {PBKDF2} and a password")
@@ -3838,7 +3839,9 @@ def read_secret(stored: str) -> Secret:
 
 def home_of(config: Config, user: str) -> str:
     """Where mail_location puts the user's Maildir; ValueError for a name that could leave it."""
-    if not re.fullmatch(r"[\w@+=-][\w.@+=-]{0,127}", user, re.ASCII) or ".." in user:
+    # No half of it may be empty or begin with a dot: "%n" or "%d" would then be the folder above.
+    half = r"[\w+=-][\w.+=-]*"
+    if not re.fullmatch(rf"(?=.{{1,128}}\Z){half}(@{half})*", user, re.ASCII) or ".." in user:
         raise ValueError(f"{user!r} is not a user name")
     name, _, domain = user.partition("@")
     values = {"u": user, "n": name, "d": domain, "%": "%"}
@@ -3849,7 +3852,7 @@ def home_of(config: Config, user: str) -> str:
 @lru_cache(1)
 def read_passwords(config: Config, version: object) -> dict[str, tuple[Secret, str]]:
     """Dovecot's passwd-file, read again when its `version` has changed: secret and home of each
-    user; as that of "" the dearest secret. A wrong line costs only its user."""
+    user; as that of "" one that is as dear as the dearest. A wrong line costs only its user."""
     users: dict[str, tuple[Secret, str]] = {}
     with open(config.passwd_file, encoding="utf-8", errors="surrogateescape") as file:
         rows = [(line.rstrip("\n") + ":" * 6).split(":") for line in file]
@@ -3861,9 +3864,8 @@ def read_passwords(config: Config, version: object) -> dict[str, tuple[Secret, s
                 users.setdefault(name.lower(), (read_secret(stored), place))
         except ValueError as error:
             log.warning("%s:%d: %s", config.passwd_file, number, error)
-    known = [secret for secret, _ in users.values()]
-    dearest = max(known, key=lambda secret: secret[0], default=(0, lambda given: False))
-    return users | {"": (dearest, "")}
+    dearest = max((rounds for (rounds, _), _ in users.values()), default=0)
+    return users | {"": ((dearest, lambda given: False), "")}
 
 
 class AuthSession(Session):
@@ -3902,12 +3904,12 @@ class AuthSession(Session):
         except PermissionError:
             if not self.users:  # else they are as root could read them when the process began
                 raise
-        dearest, _ = nobody = self.users[""]
-        (rounds, fits), home = self.users.get(user, nobody)
+        (dearest, never), _ = self.users[""]
+        (rounds, fits), home = self.users.get(user, ((0, never), ""))
         if fits(password) and home:
             return ["ok", user, *ticket(self.key, identity, sid, user, remote, home)]
-        if rounds < dearest[0]:  # a refusal takes as long as the dearest
-            dearest[1](password)
+        if rounds < dearest:  # a refusal takes as long as for the dearest: what is left of it
+            hashlib.pbkdf2_hmac("sha1", password.encode(errors="replace"), b"", dearest - rounds)
         log.info("<%s> %s wrong password or no such user: %.64r", sid, remote, name)
         return []
 
@@ -4951,6 +4953,8 @@ def make_demo(config: Config) -> list[str]:
 def make_password(config: Config, options: argparse.Namespace) -> None:
     try:
         password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+        if not password:  # as when the script before it has failed
+            raise ValueError("an empty password")
         print(encode_password((options.operand or "SSHA512").upper(), password))
     except (ValueError, EOFError) as error:
         raise Failure(64, error) from None

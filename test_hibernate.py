@@ -28,6 +28,7 @@ import dis
 import doctest
 import errno
 import functools
+import hashlib
 import imaplib
 import importlib.util
 import itertools
@@ -3368,6 +3369,49 @@ def test_a_search_in_texts_is_short_and_its_memory_bounded(hibernate):
     assert len(text) < hibernate.TEXT_LIMIT + 100
 
 
+def test_a_refusal_costs_the_same_for_each_user_and_for_none(hibernate, monkeypatch, tmp_path):
+    spent, pbkdf2 = [], hashlib.pbkdf2_hmac
+    monkeypatch.setattr(hashlib, "pbkdf2_hmac", lambda name, given, salt, rounds: (
+        spent.append(rounds) or pbkdf2(name, given, salt, rounds)))
+    monkeypatch.setattr(hibernate.AuthSession, "users", {})
+    entry = hibernate.encode_password
+    lines = [f"u{rounds}:{entry('PBKDF2', 'right', b'salt', rounds)}\n" for rounds in (9, 999, 5000)]
+    (tmp_path / "users").write_text("".join(lines) + "plain:{PLAIN}right\n")
+
+    class Configured:
+        passwd_file, folder, mail_location = f"{tmp_path}/users", str(tmp_path), "maildir:%u"
+
+    session = hibernate.AuthSession()
+    session.config = Configured()
+    for name in ("u9", "u999", "u5000", "plain", "nobody"):
+        spent.clear()
+        assert session.log_in("i", "s", "r", name, "wrong") == []
+        assert sum(spent) == 5000, name
+    assert session.log_in("i", "s", "r", "u9", "right")[0] == "ok"
+
+
+@table("stored, rounds", [
+    ("{PBKDF2}$1$salt$5000$00", 5000), ("{PBKDF2}$1$salt$0005$00", 5), ("{PLAIN}$1$a$99$b", 0),
+    ("{PBKDF2}$1$salt$5000", None), ("{PBKDF2}$1$salt$12345678$00", None),
+    ("{PBKDF2}$1$salt$5000x$00", None), ("{PBKDF2}$1$salt$000$00", None), ("{PBKDF2}x", None),
+])
+def test_an_entry_that_no_password_could_fit_is_a_wrong_line(hibernate, stored, rounds):
+    if rounds is None:
+        with pytest.raises(ValueError):
+            hibernate.read_secret(stored)
+    else:
+        assert hibernate.read_secret(stored)[0] == rounds
+
+
+@table("name", ["a@", "a@.", "@x", "a@@b", ".a", "a@.b", "a..b", "a/b", "", "x" * 129])
+def test_no_user_has_the_folder_above_all_users(hibernate, name):
+    for place in ("maildir:mail/%d/%n", "maildir:mail/%n", "maildir:mail/%d"):
+        config = argparse.Namespace(mail_location=place, folder="/srv")
+        with pytest.raises(ValueError):
+            hibernate.home_of(config, name)
+    assert hibernate.home_of(config, "a.b+c@d.e").endswith("/mail/d.e")
+
+
 def test_from_and_to_are_searched_as_the_envelope_has_them(server, user):
     """As imaptest's search-addresses: comments and white space within an address are no part."""
     with Imap(server, user) as client:
@@ -3912,6 +3956,8 @@ def test_passwd_makes_entries_that_log_in():
         passwd = lambda *scheme: program("passwd", *scheme, input=b"pass word\n")  # noqa: E731
         *made, unknown = together(passwd, *schemes)
         assert unknown.returncode == 64 and not unknown.stdout
+        for nothing in (b"", b"\n"):
+            assert program("passwd", input=nothing).returncode == 64
         for done, scheme in zip(made, schemes):
             entry = done.stdout.decode().strip()
             assert entry.startswith("{" + (scheme[0] if scheme else "")), entry
