@@ -21,7 +21,7 @@ The life of a session:
  4. Descriptor and record go to imap (4, Mover; 5, Service.arriving), which says "OK Logged in".
  5. Commands run on a view of one mailbox (10, ImapSession, View; 8, Index; 9, Message).
  6. IDLE. At rest for imap_hibernate_timeout, the session is frozen (5, Client.record) and handed
-    to a keeper (6, Keeper.hold): a slot of 336 bytes in shared memory, no object. A twin holds a
+    to a keeper (6, Keeper.hold): a slot of 329 bytes in shared memory, no object. A twin holds a
     copy (6, Keeper.guard) and goes on when the keeper is killed (6, Keeper.survive).
  7. Mail stirs the Maildir (5, Watcher), or the client sends something (6, Keeper.peek). "DONE" and
     "IDLE" the keeper answers by itself; for all else it hands the session back to imap.
@@ -3758,7 +3758,8 @@ class Message:
 # A command is read whole (only APPEND's message goes to disk as it comes), looked up in a table,
 # parsed and executed; then the client is told what else has changed, where RFC 3501 7.4.1 allows
 # it. Whatever a client sends gets its tagged answer; there is no socket and no waiting in here.
-# What a session knows is its View and the tag of its IDLE: that is all that sleeps.
+# What a session knows is its View, the tag of its IDLE, and whether its client wants MODSEQs:
+# that is all that sleeps.
 # ------------------------------------------------------------------------------------------------
 
 CAPABILITY = "IMAP4rev1 LITERAL+ SASL-IR ID ENABLE IDLE"
@@ -3792,7 +3793,8 @@ STATUS = {  # each item in SQL, of mailbox LEFT JOIN message
     "MESSAGES": "count(uid)", "RECENT": "count(uid) FILTER (WHERE uid >= recent)",
     "UNSEEN": "count(uid) FILTER (WHERE flags NOT LIKE '%S%')", "UIDNEXT": "uidnext",
     "UIDVALIDITY": "uidvalidity", "HIGHESTMODSEQ": "mailbox.modseq"}
-# What makes a session one that knows MODSEQs. A mailbox of that name does so too: no harm.
+# What makes a session one that knows MODSEQs, outside of strings. A mailbox whose name is such an
+# atom does so too: no harm.
 CONDSTORE = re.compile(
     rb"(?i)(?:[ (]|\A)(?:CONDSTORE|(?:HIGHEST)?MODSEQ|(?:UN)?CHANGEDSINCE \d+)(?:[ )]|\Z)")
 
@@ -3955,8 +3957,8 @@ def split_flags(text: bytes) -> tuple[str, list[str]]:
 
 
 class Parser:
-    """Takes the arguments off a command, each with the space before it. What RFC 3501 section 9
-    doesn't allow is BadCommand."""
+    """Takes the arguments off a command, each with the space before it. What can't be what RFC
+    3501 section 9 describes is BadCommand; a date without its quotes is understood."""
 
     def __init__(self, text: bytes, view: View | None) -> None:
         self.text, self.view, self.at = text, view, 0
@@ -3983,7 +3985,7 @@ class Parser:
     mailbox = kind(ASTRING, mailbox_name)
     pattern = kind(LIST_PATTERN, mailbox_name)
     flags = kind(rb"\((?:%b)?\)|%b" % (FLAG_LIST, FLAG_LIST), split_flags, "flags")
-    keyword = kind(rb"\\?" + ATOM, lambda text: text.decode().lower())
+    keyword = kind(ATOM, lambda text: text.decode().lower())
     sought = kind(ASTRING, lambda text: string(text).decode(errors="replace").casefold())
     day = kind(rb'"?[\w-]+"?', lambda text: datetime.datetime.strptime(
         text.decode().strip('"'), "%d-%b-%Y").toordinal(), "date")
@@ -4006,13 +4008,13 @@ class Parser:
         """All that comes before APPEND's message, of which nothing is in the command."""
         name = self.mailbox()
         flags = self.flags() if self.may(rb"(?= \()") else ("", [])
-        when = self.time() if self.may(rb'(?= "[^"])') else None
+        when = self.time() if self.may(rb'(?= ")') else None
         self.must(rb" \{\d+\+?\}\r?\n")
         return name, *flags, when
 
     def fetch(self) -> tuple[list[Item], bool, int]:
         """The items, whether they set \\Seen, and CHANGEDSINCE."""
-        if macro := self.may(rb"(?i) (ALL|FAST|FULL)(?= |$)"):
+        if macro := self.may(rb"(?i) (ALL|FAST|FULL)"):
             items = [*ITEMS.items()][: {b"FAST": 3, b"ALL": 4, b"FULL": 5}[macro[1].upper()]]
         else:
             items = self.several(Parser.item) if self.may(rb" \(") else [self.item()]
@@ -4038,7 +4040,7 @@ class Parser:
 
     def search(self) -> tuple[Test, bool]:
         """The keys as one test, and whether MODSEQ is among them."""
-        charset = self.astring().upper() if self.may(rb"(?i) CHARSET(?= )") else b"UTF-8"
+        charset = self.astring().upper() if self.may(rb"(?i) CHARSET") else b"UTF-8"
         if charset not in (b"US-ASCII", b"UTF-8"):
             raise MailError("BADCHARSET (US-ASCII UTF-8)", "Unknown charset")
         return every(self.several(Parser.key, rb"\Z"))[1], self.modseq_asked
@@ -4065,7 +4067,8 @@ class Parser:
 class View:
     """A mailbox as one session knows it: what its client was told, and up to where in history.
 
-    All but `uids` fits into a sleeper's record. That list is made when it is needed: the UIDs
+    All but `uids` fits into a sleeper's record, if the name is not over 100 characters or so: who
+    has selected such a mailbox stays awake. That list is made when it is needed: the UIDs
     below `uidnext` that exist, and those expunged since `expunged`, which the client still counts.
     """
 
@@ -4244,7 +4247,7 @@ ITEMS: dict[bytes, Callable[[Candidate], bytes]] = {  # the first are those of F
 }
 UID, FLAGS, MODSEQ = ((name, ITEMS[name]) for name in (b"UID", b"FLAGS", b"MODSEQ"))
 # The cost of a key, its test, what follows it. Cheap ones are tried first: for 0 the index is
-# enough, 1 takes the file's status (or a size that is known), 2 the message, 3 all its text.
+# enough, 1 takes the file's status, or its size if that is known, 2 the message, 3 all its text.
 SEARCH_KEYS: dict[str, tuple[Any, ...]] = {
     "ALL": (0, lambda m: True),
     "NEW": (0, lambda m: m.recent and "S" not in m.row.flags),
@@ -4527,7 +4530,7 @@ class ImapSession(Session):
         values: list[Any] = [self.view] if command.states == SELECTED else []
         values += [argument(parser) for argument in command.arguments]
         parser.end()
-        if CONDSTORE.search(parser.text) and not self.condstore:
+        if CONDSTORE.search(re.sub(STRING, b'""', parser.text)) and not self.condstore:
             self.condstore = True  # from now on MODSEQs are told (RFC 7162 3.1)
             if self.view:
                 yield f"* OK [HIGHESTMODSEQ {self.view.modseq}] Highest\r\n".encode()
@@ -4754,8 +4757,9 @@ class ImapSession(Session):
         return "[EXPUNGEISSUED]" if there < len(uids) else ""
 
     def fetched(self, message: Candidate, items: list[Item]) -> Iterator[bytes]:
-        """An answer, first what the index knows, as Dovecot orders it. Nothing is yielded before
-        the message is there for the rest, and never more than an item is in memory."""
+        """An answer, first what is told without the message, as Dovecot orders it. Nothing is
+        yielded before the message is there for the rest, and never more than an item is in
+        memory."""
         wanted = dict(items)
         known = [name + b" " + value(message) for name, value in wanted.items() if name in INDEXED]
         others = {name: value for name, value in wanted.items() if name not in INDEXED}

@@ -3369,6 +3369,19 @@ def test_a_search_in_texts_is_short_and_its_memory_bounded(hibernate):
     assert len(text) < hibernate.TEXT_LIMIT + 100
 
 
+def test_a_word_in_a_string_makes_no_client_one_that_knows_modseqs(server, user):
+    with Imap(server, user) as client:
+        server.maildir(user).add(message())
+        client.cmd("SELECT INBOX")
+        client.cmd('SEARCH SUBJECT "x modseq y" NOT FROM "(condstore)"')
+        client.send("x SEARCH SUBJECT {10+}\r\na modseq b\r\n")
+        client.until("^x OK")
+        assert "MODSEQ" not in "".join(client.cmd("STORE 1 +FLAGS (\\Flagged)"))
+        client.cmd("SEARCH KEYWORD \\Seen", "BAD")
+        client.cmd('SEARCH MODSEQ "/flags/\\\\Seen" all 5')
+        assert "MODSEQ" in "".join(client.cmd("STORE 1 +FLAGS (\\Seen)"))
+
+
 def test_a_refusal_costs_the_same_for_each_user_and_for_none(hibernate, monkeypatch, tmp_path):
     spent, pbkdf2 = [], hashlib.pbkdf2_hmac
     monkeypatch.setattr(hashlib, "pbkdf2_hmac", lambda name, given, salt, rounds: (
